@@ -1,0 +1,71 @@
+"""tangentlab: train networks adversarially and watch their neural tangent kernel while they learn.
+
+``import tangentlab as tl`` is light; what plots, reads data sets or launches processes is loaded on use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tangentlab import attacks, metrics, modes
+    from tangentlab.kernels import ntk
+    from tangentlab.probes import KernelProbe
+    from tangentlab.randomness import generator
+    from tangentlab.records import Measurement, Run, RunRecord, read_run
+    from tangentlab.report import write_report
+    from tangentlab.runs import RunConfig, evaluate, load_config, train
+
+# name -> (module, attribute); no attribute: the module itself
+_EXPORTS: dict[str, tuple[str, str | None]] = {
+    "attacks": ("attacks", None),
+    "metrics": ("metrics", None),
+    "modes": ("modes", None),
+    "ntk": ("kernels", "ntk"),
+    "KernelProbe": ("probes", "KernelProbe"),
+    "generator": ("randomness", "generator"),
+    "Measurement": ("records", "Measurement"),
+    "Run": ("records", "Run"),
+    "RunRecord": ("records", "RunRecord"),
+    "read_run": ("records", "read_run"),
+    "write_report": ("report", "write_report"),
+    "RunConfig": ("runs", "RunConfig"),
+    "evaluate": ("runs", "evaluate"),
+    "load_config": ("runs", "load_config"),
+    "train": ("runs", "train"),
+}
+
+__all__ = [
+    "KernelProbe",
+    "Measurement",
+    "Run",
+    "RunConfig",
+    "RunRecord",
+    "attacks",
+    "evaluate",
+    "generator",
+    "load_config",
+    "metrics",
+    "modes",
+    "ntk",
+    "read_run",
+    "train",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'tangentlab' has no attribute {name!r}")
+    module, attribute = _EXPORTS[name]
+    loaded = importlib.import_module(f"tangentlab.{module}")
+    value = loaded if attribute is None else getattr(loaded, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

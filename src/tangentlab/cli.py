@@ -1,0 +1,175 @@
+"""The command line: parses, calls, prints. Bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tangentlab import __version__
+from tangentlab.errors import InterruptedRunError, TangentlabError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message without the usage and exit with code 2."""
+        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.call is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        call: Callable[..., None] = options.call
+        call(options, rest)
+    except InterruptedRunError as error:
+        return _fail(error, INTERRUPTED)
+    except TangentlabError as error:
+        return _fail(error, BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="tangentlab", description="Adversarial training and its neural tangent kernel.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    demo = commands.add_parser("demo", help="train a small network three ways and open the report")
+    demo.add_argument("--out", type=Path, help="folder (default: runs/demo, numbered where it exists)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(call=_demo)
+
+    train = commands.add_parser("train", help="train one configuration", add_help=False, allow_abbrev=False)
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, run folder, or shipped name")
+    train.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    train.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    train.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
+    train.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE",
+                       help="package that a model may be imported from")  # fmt: skip
+    train.add_argument("-h", "--help", action="store_true", help="show this and every setting")
+    train.epilog = "Settings follow as --name value or --section.name value; see CONFIG --help for all."
+    train.set_defaults(call=_train, parser=train)
+
+    evaluate = commands.add_parser("evaluate", help="clean and robust accuracy of a run's checkpoints")
+    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument("--num_steps", type=_positive, help="PGD steps (default: the run's setting)")
+    evaluate.add_argument("--num_restarts", type=_positive, help="PGD restarts (default: the run's setting)")
+    evaluate.add_argument("--test_size", type=_positive, help="test examples (default: the run's setting)")
+    evaluate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    evaluate.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE")
+    evaluate.set_defaults(call=_evaluate)
+
+    report = commands.add_parser("report", help="one HTML file about runs, and its figures as SVG and PDF")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    report.add_argument(
+        "--out", type=Path, help="HTML file (default: report.html in the run's or parent folder)"
+    )
+    report.set_defaults(call=_report)
+    return parser
+
+
+def _demo(options: argparse.Namespace, _: list[str]) -> None:
+    from tangentlab.runs.display import ProgressDisplay
+    from tangentlab.runs.summary import runs_table
+    from tangentlab.studies.demo import free_folder, run_demo
+
+    out = options.out or free_folder(Path("runs/demo"))
+    with ProgressDisplay() as display:
+        records, report = run_demo(out, seed=options.seed, display=display)
+    _print(runs_table(records))
+    _print(f"Report: {report}")
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> None:
+    from tangentlab.runs import config as configs
+    from tangentlab.runs import train
+    from tangentlab.runs.display import ProgressDisplay
+    from tangentlab.runs.summary import evaluations_table
+
+    allow = options.allow_import
+    if options.help:
+        values = (
+            configs.merge(configs.read_yaml(options.config), configs.parse_overrides(rest))
+            if options.config
+            else {}
+        )
+        _print(options.parser.format_help())
+        _print(configs.config_parser(values, allow_import=allow).format_help())
+        return
+    if options.config is None:
+        choices = ", ".join(map(repr, configs.shipped_configs()))
+        options.parser.error(f"CONFIG is missing; give a YAML file, a run folder, or {choices}")
+    config = configs.load_config(options.config, rest, allow_import=allow)
+    if options.print_config:
+        _print(configs.dump(config))
+        return
+    given = Path(options.config)
+    out = options.out or (given if (given / "config.yaml").is_file() else None)
+    with ProgressDisplay() as display:
+        record = train(config, out, resume=options.resume, allow_import=allow, display=display)
+    _print(evaluations_table(record))
+    _print(f"Run: {record.folder}")
+    _print(f"Report: {_write_report([record.folder], None)}")
+
+
+def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
+    from tangentlab.records import read_run
+    from tangentlab.runs import evaluate
+    from tangentlab.runs.summary import evaluations_table
+
+    evaluate(
+        options.run,
+        num_steps=options.num_steps,
+        num_restarts=options.num_restarts,
+        test_size=options.test_size,
+        device=options.device,
+        allow_import=options.allow_import,
+    )
+    _print(evaluations_table(read_run(options.run)))
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> None:
+    _print(f"Report: {_write_report(options.runs, options.out)}")
+
+
+def _write_report(runs: list[Path], out: Path | None) -> Path:
+    from tangentlab.report import write_report
+
+    return write_report(runs, out or (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; at least 1")
+    return value
+
+
+def _print(what: Any) -> None:
+    """A table drawn by rich, or plain text as it is."""
+    if isinstance(what, str):
+        sys.stdout.write(what + "\n")
+        return
+    from rich.console import Console
+
+    Console().print(what)
+
+
+def _fail(error: object, code: int) -> int:
+    sys.stderr.write(f"tangentlab: {' '.join(str(error).split())}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""The NTK engine: exact empirical neural tangent kernels of any module, in bounded memory."""
+
+from tangentlab.kernels.ntk import ntk
+
+__all__ = ["ntk"]

@@ -1,0 +1,63 @@
+"""Tensors in, numbers out: what a kernel is like, how it moves, and what a training curve says.
+
+Kernel metrics take kernels [..., n, m], act on the last two axes and return float64 [...], computed in
+float64 whatever comes in. A metric of class kernels [C, n, n] is thus taken per class; averaging is up to the
+caller. :func:`distance_matrix` and :func:`kernel_velocity`, whose leading axis is time, average over classes
+themselves.
+"""
+
+from tangentlab.metrics.alignment import centered_alignment, kernel_target_alignment
+from tangentlab.metrics.distance import (
+    Velocity,
+    distance_matrix,
+    kernel_angle,
+    kernel_distance,
+    kernel_velocity,
+)
+from tangentlab.metrics.intervals import Interval, wilson_interval
+from tangentlab.metrics.overfitting import (
+    PARTING_DISTANCE,
+    Collapse,
+    catastrophic_overfitting,
+    parting_epoch,
+)
+from tangentlab.metrics.specialization import kernel_specialization, specialization_score
+from tangentlab.metrics.spectrum import (
+    NegativeEigenvalueWarning,
+    Spectrum,
+    eigenvalues,
+    entropy_rank,
+    intrinsic_dimension,
+    participation_ratio,
+    spectrum,
+    top_mass,
+)
+from tangentlab.metrics.stages import Stages, find_stages
+
+__all__ = [
+    "PARTING_DISTANCE",
+    "Collapse",
+    "Interval",
+    "NegativeEigenvalueWarning",
+    "Spectrum",
+    "Stages",
+    "Velocity",
+    "catastrophic_overfitting",
+    "centered_alignment",
+    "distance_matrix",
+    "eigenvalues",
+    "entropy_rank",
+    "find_stages",
+    "intrinsic_dimension",
+    "kernel_angle",
+    "kernel_distance",
+    "kernel_specialization",
+    "kernel_target_alignment",
+    "kernel_velocity",
+    "participation_ratio",
+    "parting_epoch",
+    "specialization_score",
+    "spectrum",
+    "top_mass",
+    "wilson_interval",
+]

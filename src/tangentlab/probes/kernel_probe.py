@@ -1,0 +1,197 @@
+"""KernelProbe: the empirical NTK on a fixed set of examples, snapshot by snapshot, in anyone's loop.
+
+Follows "Rethinking Adversarial Training with Neural Tangent Kernel" (arXiv 2312.02236), section 3: kernel
+distance, effective rank and specialization along the whole training, on clean and on adversarial inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tangentlab import metrics, modes, randomness
+from tangentlab.attacks import Attack
+from tangentlab.errors import ConfigError, unknown_choice
+from tangentlab.kernels import ntk
+from tangentlab.records import Measurement
+
+KINDS = ("class", "trace")
+TOP = 10  # eigenvalues that are recorded, and that the top mass sums
+
+
+class KernelProbe:
+    """Measures the kernel of a model on the examples x, y whenever it is asked to.
+
+    Args:
+        x: [n, ...] examples in [0, 1].
+        y: [n] labels; every class should have examples (``data.class_balanced``).
+        inputs: name -> attack that crafts the inputs anew at each snapshot, None for x itself. Beside each
+            attack's inputs, "<name>-once" keeps those of the first snapshot, so that the movement of the
+            kernel and of its inputs can be told apart.
+        kinds: "class" (one kernel an output) and "trace" (their mean).
+        seed: of the attacks' noise, which is the same at every snapshot: velocity does not measure noise.
+        memory: bound on the kernel engine's working memory.
+
+    ``measure`` returns ``values`` named ``kernel/<inputs>/<kind>/<metric>``, a metric of class kernels being
+    the mean over the classes, and ``kernel/<a>~<b>/<kind>/distance`` between the kernels on two inputs; and
+    ``kernels`` named ``<inputs>/<kind>``. Recorded are: distance_from_first, distance_from_previous, velocity
+    (distance a step), angle_velocity (radians a step), angle_per_learning_rate (radians per summed learning
+    rate), entropy_rank, participation_ratio, intrinsic_dimension, top_eigenvalues, top_mass (of ten),
+    target_alignment, and of class kernels specialization_matrix and specialization. Velocities are given only
+    over one fixed gap of steps, that of the first two snapshots: 1 − cos is quadratic in the movement.
+
+    The model comes back as it was and global random state is untouched: a run with a probe equals the run
+    without it, bit for bit.
+
+    >>> probe = KernelProbe(x, y, inputs={"clean": None, "fgsm": FGSM(8 / 255)})  # doctest: +SKIP
+    >>> probe.measure(model, step=100).values["kernel/clean/class/entropy_rank"]  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        inputs: Mapping[str, Attack | None] | None = None,
+        kinds: Sequence[str] = KINDS,
+        seed: int = 0,
+        memory: str | int = "2GiB",
+    ) -> None:
+        if len(x) != len(y) or y.dim() != 1:
+            raise ConfigError(
+                f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; y must be [n] for x [n, ...]"
+            )
+        if not kinds or set(kinds) - set(KINDS):
+            raise ConfigError(unknown_choice("kind", next(iter(set(kinds) - set(KINDS)), None), KINDS))
+        self.x, self.y = x, y
+        self.inputs: dict[str, Attack | None] = dict(inputs) if inputs else {"clean": None}
+        for name in self.inputs:
+            if not name or set(name) & set("/~"):
+                raise ConfigError(f"inputs name {name!r} is empty or holds '/' or '~'")
+        self.kinds = tuple(kinds)
+        self.seed = seed
+        self.memory = memory
+        self._once: dict[str, Tensor] = {}
+        self._first: dict[str, Tensor] = {}
+        self._previous: dict[str, Tensor] = {}
+        self._step = 0
+        self._gap = 0
+        self._summed_learning_rate = 0.0
+
+    def measure(
+        self, model: nn.Module, step: int, *, summed_learning_rate: float | None = None
+    ) -> Measurement:
+        """The kernels of ``model`` as it stands, and what they say.
+
+        Args:
+            step: optimizer updates so far; must grow from call to call.
+            summed_learning_rate: Σ of the learning rates so far, for movement per unit of it.
+
+        Raises:
+            KernelError: the kernel cannot be exact for this model, or not within the memory.
+        """
+        if self._previous and step <= self._step:
+            raise ConfigError(f"step={step} does not follow the last snapshot's, {self._step}")
+        device = next(model.parameters()).device
+        x, y = self.x.to(device), self.y.to(device)
+        crafted = self._craft(model, x, y)
+        values: dict[str, Any] = {}
+        kernels: dict[str, Tensor] = {}
+        for name, points in crafted.items():
+            class_kernels = ntk(model, points, kind="class", memory=self.memory)
+            for kind in self.kinds:
+                kernel = class_kernels if kind == "class" else class_kernels.mean(dim=0)
+                kernels[f"{name}/{kind}"] = kernel.cpu()
+        if self._previous and not self._gap:
+            self._gap = step - self._step
+        labels = self.y.cpu()
+        for name, kernel in kernels.items():
+            described = _describe(kernel, labels)
+            described |= self._movement(name, kernel, step, summed_learning_rate)
+            values |= {f"kernel/{name}/{metric}": value for metric, value in described.items()}
+        for a, b in combinations(self.inputs, 2):
+            for kind in self.kinds:
+                distance = metrics.kernel_distance(kernels[f"{a}/{kind}"], kernels[f"{b}/{kind}"])
+                values[f"kernel/{a}~{b}/{kind}/distance"] = float(distance.mean())
+        self._first = self._first or kernels
+        self._previous = kernels
+        self._step = step
+        self._summed_learning_rate = summed_learning_rate or 0.0
+        return Measurement(step=step, values=values, kernels=kernels)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed probe needs, as plain tensors: first and last kernels, the inputs crafted once."""
+        place = torch.tensor([self._step, self._gap, self._summed_learning_rate], dtype=torch.float64)
+        state = {"place": place} if self._previous else {}
+        for group, tensors in (("once", self._once), ("first", self._first), ("previous", self._previous)):
+            state |= {f"{group}/{name}": tensor for name, tensor in tensors.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state_dict`."""
+        if not state:
+            return
+        step, gap, self._summed_learning_rate = state["place"].tolist()
+        self._step, self._gap = int(step), int(gap)
+        groups: dict[str, dict[str, Tensor]] = {"once": {}, "first": {}, "previous": {}}
+        for key, tensor in state.items():
+            group, _, name = key.partition("/")
+            if name:
+                groups[group][name] = tensor
+        self._once, self._first, self._previous = groups["once"], groups["first"], groups["previous"]
+
+    def _craft(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """name -> inputs; crafted in evaluation mode, as the kernel is taken."""
+        points: dict[str, Tensor] = {}
+        with modes.evaluation(model):
+            for name, attack in self.inputs.items():
+                if attack is None:
+                    points[name] = x
+                    continue
+                noise = randomness.generator(self.seed, f"probe/{name}", device=x.device)
+                points[name] = attack(model, x, y, generator=noise)
+                once = self._once.setdefault(name, points[name].cpu())
+                points[f"{name}-once"] = once.to(x.device)
+        return points
+
+    def _movement(
+        self, name: str, kernel: Tensor, step: int, summed_learning_rate: float | None
+    ) -> dict[str, float]:
+        if not self._previous:
+            return {}
+        moved = metrics.kernel_distance(self._previous[name], kernel).mean()
+        angle = float(metrics.kernel_angle(self._previous[name], kernel).mean())
+        values = {
+            "distance_from_first": float(metrics.kernel_distance(self._first[name], kernel).mean()),
+            "distance_from_previous": float(moved),
+        }
+        gap = step - self._step
+        if gap == self._gap:
+            values |= {"velocity": float(moved) / gap, "angle_velocity": angle / gap}
+            rate = (summed_learning_rate or 0.0) - self._summed_learning_rate
+            if rate > 0:
+                values["angle_per_learning_rate"] = angle / rate
+        return values
+
+
+def _describe(kernel: Tensor, y: Tensor) -> dict[str, Any]:
+    """What one snapshot's kernel, [n, n] or [C, n, n], says by itself."""
+    spectrum = metrics.spectrum(kernel)
+    top = spectrum.values[..., :TOP].reshape(-1, min(TOP, kernel.shape[-1]))
+    described: dict[str, Any] = {
+        "entropy_rank": float(spectrum.entropy_rank.mean()),
+        "participation_ratio": float(spectrum.participation_ratio.mean()),
+        "intrinsic_dimension": float(spectrum.intrinsic_dimension.mean()),
+        "top_eigenvalues": top.mean(dim=0).tolist(),
+        "top_mass": float(spectrum.top_mass(min(TOP, kernel.shape[-1])).mean()),
+        "target_alignment": float(metrics.kernel_target_alignment(kernel, y).mean()),
+    }
+    if kernel.dim() == 3:
+        matrix = metrics.kernel_specialization(kernel, y)
+        described["specialization_matrix"] = matrix.tolist()
+        described["specialization"] = float(metrics.specialization_score(matrix))
+    return described

@@ -1,0 +1,419 @@
+"""Run folders: what is written, in which order, so that a kill at any moment leaves a readable run.
+
+Whole files (configuration, status, weights, kernels) are written beside their name, flushed to the disk and
+renamed; ``metrics.jsonl`` only grows, a line a write, and a line that the disk refused is taken back. One
+process writes into a folder at a time. Nothing read here can execute code: JSON, YAML and safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import filelock
+import safetensors
+import safetensors.torch
+import torch
+import yaml
+
+from tangentlab.errors import CheckpointError, RunFolderError, StorageError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a probe saw at one step: JSON-able named values, and the kernels they were taken from.
+
+    Args:
+        step: optimizer updates so far.
+        values: name -> number, list or None.
+        kernels: name ("inputs/kind") -> tensor, written as safetensors.
+    """
+
+    step: int
+    values: Mapping[str, Any]
+    kernels: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` under ``path`` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        StorageError: the disk refused; the old file, if any, is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _refused(path, error) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+    """Named tensors and JSON-able ``metadata`` as one safetensors file, atomically."""
+    # Tied parameters are one storage under two names, which safetensors refuses: each gets its own copy.
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, safetensors.torch.save(plain, {"tangentlab": json.dumps(_finite(metadata))}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What :func:`write_tensors` wrote.
+
+    Raises:
+        CheckpointError: missing, truncated, or not written by this package.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})["tangentlab"])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run folder open for writing by this process alone.
+
+    Make one with :meth:`create` or :meth:`open`; use it as a context manager or call :meth:`close`.
+
+    >>> run = Run.create("runs/mine")  # doctest: +SKIP
+    >>> run.write(probe.measure(model, step=100))  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: Path, lock: filelock.BaseFileLock) -> None:
+        self.folder = folder
+        self._lock = lock
+        self._metrics = os.open(folder / "metrics.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+
+    @classmethod
+    def create(cls, folder: str | Path, config: Mapping[str, Any] | None = None) -> Self:
+        """Open a new run folder; ``config`` is whatever reruns the run.
+
+        Raises:
+            RunFolderError: the folder exists and is not empty, or another process holds it.
+            StorageError: the disk refused.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise RunFolderError(f"{folder} is a file, not a folder")
+        _refuse_occupied(folder)
+        run = cls._locked(folder)
+        try:
+            _refuse_occupied(folder)  # once more: another process may have been quicker
+            run.truncate_metrics(0)
+            write_atomic(folder / "environment.json", _json(environment()))
+            run.write_status(state="running", step=0)
+            # Last: a folder with a configuration is a run.
+            write_atomic(folder / "config.yaml", _yaml({"schema": SCHEMA, **(config or {})}))
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Open an existing run folder to go on with it.
+
+        Raises:
+            RunFolderError: not a run folder, or another process holds it.
+        """
+        folder = Path(folder)
+        if not (folder / "config.yaml").is_file():
+            raise RunFolderError(f"{folder} is not a run folder: it holds no config.yaml")
+        return cls._locked(folder)
+
+    @classmethod
+    def _locked(cls, folder: Path) -> Self:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(folder / ".lock")
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise RunFolderError(f"{folder} is in use by another process") from error
+        except OSError as error:
+            raise _refused(folder, error) from error
+        return cls(folder, lock)
+
+    def write(self, record: Measurement | Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl, a measurement's kernels to kernels/<step>.safetensors before it."""
+        if isinstance(record, Measurement):
+            if record.kernels:
+                write_tensors(kernel_path(self.folder, record.step), record.kernels, {"step": record.step})
+            record = {"step": record.step, **record.values}
+        if "step" not in record:
+            raise RunFolderError(
+                f"a record needs a 'step'; it has {', '.join(map(repr, record)) or 'nothing'}"
+            )
+        self._append(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        size = os.fstat(self._metrics).st_size
+        try:
+            written = os.write(self._metrics, line)
+            if written < len(line):
+                os.write(self._metrics, line[written:])
+        except OSError as error:
+            os.ftruncate(self._metrics, size)
+            raise _refused(self.folder / "metrics.jsonl", error) from error
+
+    def write_evaluations(self, lines: list[dict[str, Any]]) -> None:
+        """Append to evaluations.jsonl, all or none."""
+        path = self.folder / "evaluations.jsonl"
+        before = path.read_bytes() if path.exists() else b""
+        write_atomic(path, before + b"".join(json.dumps(_finite(line)).encode() + b"\n" for line in lines))
+
+    def write_status(self, **status: Any) -> None:
+        """Replace status.json."""
+        write_atomic(self.folder / "status.json", _json({"schema": SCHEMA, "pid": os.getpid(), **status}))
+
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl that are safely on the disk, for a checkpoint to remember."""
+        try:
+            os.fsync(self._metrics)
+        except OSError as error:
+            raise _refused(self.folder / "metrics.jsonl", error) from error
+        return os.fstat(self._metrics).st_size
+
+    def rewind(self, *, size: int, step: int) -> None:
+        """Drop what was written after a checkpoint: lines beyond ``size`` bytes, kernels beyond ``step``."""
+        self.truncate_metrics(size)
+        for later in kernel_steps(self.folder):
+            if later > step:
+                kernel_path(self.folder, later).unlink()
+
+    def truncate_metrics(self, size: int) -> None:
+        """Cut metrics.jsonl to ``size`` bytes."""
+        if os.fstat(self._metrics).st_size < size:
+            raise RunFolderError(f"{self.folder}/metrics.jsonl is shorter than its checkpoint remembers")
+        os.ftruncate(self._metrics, size)
+
+    def close(self) -> None:
+        """Give the folder back."""
+        if self._lock.is_locked:
+            os.close(self._metrics)
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the run folder open for writing."""
+    path = folder / ".lock"
+    if not path.exists():
+        return False
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except (filelock.Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as it lies on the disk, finished or not."""
+
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    status: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.folder.name)
+
+    @cached_property
+    def state(self) -> str:
+        """running, finished, interrupted, failed; killed when it says running and nobody holds the folder."""
+        state = str(self.status.get("state", "running"))
+        return "killed" if state == "running" and not in_use(self.folder) else state
+
+    @property
+    def axis(self) -> str:
+        """What the records are plotted against: "epoch" where they carry one, else "step"."""
+        return "epoch" if any("epoch" in line for line in self.metrics) else "step"
+
+    def series(self, name: str) -> tuple[list[float], list[Any]]:
+        """(epochs or steps, values) of one named value, where it was recorded."""
+        lines = [line for line in self.metrics if line.get(name) is not None and self.axis in line]
+        return [line[self.axis] for line in lines], [line[name] for line in lines]
+
+    def names(self) -> list[str]:
+        """Every name that some record carries, in order of first appearance."""
+        return list(dict.fromkeys(name for line in self.metrics for name in line))
+
+    def kernel_steps(self) -> list[int]:
+        return kernel_steps(self.folder)
+
+    def kernels(self, step: int) -> dict[str, torch.Tensor]:
+        """The kernels of one snapshot, by name."""
+        return read_tensors(kernel_path(self.folder, step))[0]
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read a run folder, a killed one included: a torn last line of a log is left out.
+
+    Raises:
+        RunFolderError: not a run folder, or its configuration cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder} is not a folder")
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{folder} is not a run folder: it holds no config.yaml") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{folder}/config.yaml cannot be read: {_one_line(error)}") from error
+    if not isinstance(config, dict) or config.get("schema") != SCHEMA:
+        found = config.get("schema") if isinstance(config, dict) else None
+        raise RunFolderError(f"{folder}/config.yaml has schema {found!r}; this version reads {SCHEMA}")
+    return RunRecord(
+        folder=folder,
+        config=config,
+        environment=_read_json(folder / "environment.json"),
+        status=_read_json(folder / "status.json"),
+        metrics=_read_lines(folder / "metrics.jsonl"),
+        evaluations=_read_lines(folder / "evaluations.jsonl"),
+    )
+
+
+def kernel_path(folder: Path, step: int) -> Path:
+    """Where the snapshot of ``step`` lies."""
+    return folder / "kernels" / f"{step:08d}.safetensors"
+
+
+def kernel_steps(folder: Path) -> list[int]:
+    """Steps of the snapshots in the folder, ascending."""
+    return sorted(int(p.stem) for p in (folder / "kernels").glob("*.safetensors") if p.stem.isdigit())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and code version, as environment.json holds them."""
+    from tangentlab import __version__
+
+    return {
+        "tangentlab": __version__,
+        "commit": _commit(),
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+# --- helpers ---------------------------------------------------------------------------------------------
+
+
+# What a run that was killed before its configuration stood may have left: nothing worth keeping.
+_BEGINNINGS = {".lock", "metrics.jsonl", "environment.json", "status.json"}
+
+
+def _refuse_occupied(folder: Path) -> None:
+    if folder.is_dir() and any(
+        path.name not in _BEGINNINGS and not path.name.endswith(".part") for path in folder.iterdir()
+    ):
+        raise RunFolderError(f"{folder} exists; give another --out, or --resume to go on with it")
+
+
+def _commit() -> str | None:
+    """The checkout's commit, "+" behind it where files were changed; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(_finite(value), indent=2) + "\n").encode()
+
+
+def _yaml(value: Mapping[str, Any]) -> bytes:
+    return yaml.safe_dump(dict(value), sort_keys=False).encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise RunFolderError(f"{path} cannot be read: {_one_line(error)}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    # Split at b"\n" alone, and drop what follows the last one: a line is a line when it is whole.
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise RunFolderError(f"{path} cannot be read: {_one_line(error)}") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _refused(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {path}: {error.strerror or error}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,58 @@
+"""Does the kernel move, or do its inputs? Inputs crafted anew at each snapshot beside inputs crafted once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tangentlab.report.figure import Axis, Figure, LinePanel, View, number
+from tangentlab.report.figures._common import conclude, line_of, time_axis
+from tangentlab.report.subject import Curve, Subject
+
+_ANEW, _ONCE = "pgd", "pgd-once"
+# Part of the distance that must vanish with fixed inputs for the inputs to be called movers.
+_PART = 0.2
+
+
+def movement(runs: Sequence[Subject]) -> Figure:
+    """A panel a run: distance from the first kernel with inputs crafted anew, and crafted once."""
+    both = [run for run in runs if _curve(run, _ANEW) and _curve(run, _ONCE)]
+    return Figure(
+        key="movement",
+        title="Movement of the kernel, movement of its inputs",
+        caption="Distance of the kernel from the first snapshot's. Crafted anew: the PGD examples follow the "
+        "network. Crafted once: the PGD examples of the first snapshot are kept, only the network moves.",
+        finding=conclude(
+            f"a gap between the lines of {_PART:.0%} or more at the end: movement that is the inputs' own",
+            [_sentence(run) for run in both],
+            found=any(abs(_inputs_part(run)) >= _PART for run in both),
+            missing="no run kept a set of inputs crafted once",
+        ),
+        views=(View("", tuple(_panel(run) for run in both)),) if both else (),
+    )
+
+
+def _curve(run: Subject, inputs: str) -> Curve:
+    return run.kernel_curve(inputs, "distance_from_first")
+
+
+def _panel(run: Subject) -> LinePanel:
+    return LinePanel(
+        title=run.label,
+        x_axis=time_axis(run.axis),
+        y_axis=Axis("kernel distance from the first"),
+        lines=tuple(line_of(run, inputs, _curve(run, inputs)) for inputs in (_ANEW, _ONCE)),
+        colour=run.place,
+    )
+
+
+def _inputs_part(run: Subject) -> float:
+    anew, once = _curve(run, _ANEW).y[-1], _curve(run, _ONCE).y[-1]
+    return (anew - once) / anew if anew > 0 else 0.0
+
+
+def _sentence(run: Subject) -> str:
+    anew, once = _curve(run, _ANEW).y[-1], _curve(run, _ONCE).y[-1]
+    return (
+        f"{run.label}: {number(anew)} with inputs crafted anew, {number(once)} with inputs crafted once, "
+        f"so {_inputs_part(run):.0%} of the distance is the inputs' own"
+    )

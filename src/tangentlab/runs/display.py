@@ -1,0 +1,70 @@
+"""The live display of a run: a bar on a terminal, a line an epoch in a log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from tangentlab.training import TrainingState
+
+# title -> recorded name, format
+COLUMNS = {
+    "loss": ("train_loss", "{:.3f}"),
+    "clean": ("clean_accuracy", "{:.1%}"),
+    "robust": ("robust_accuracy", "{:.1%}"),
+    "velocity": ("kernel/pgd/class/angle_velocity", "{:.1e}"),
+}
+
+
+class ProgressDisplay:
+    """Shows epoch, loss, clean and robust accuracy, kernel velocity (radians a step) and time left.
+
+    One display may show several runs, one after another. On something that is no terminal it prints a plain
+    line at the end of each epoch, without carriage returns.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("[bold]{task.description}"),
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=16),
+            *(TextColumn(f"[dim]{title}[/] {{task.fields[{title}]}}") for title in COLUMNS),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            refresh_per_second=4,
+            disable=not self.console.is_terminal,
+        )
+        self._task = TaskID(0)
+        self._name = ""
+        self._epochs = self._per_epoch = 0
+
+    def start(self, name: str, *, epochs: int, steps_per_epoch: int) -> None:
+        """The run that the next steps belong to."""
+        self._name, self._epochs, self._per_epoch = name, epochs, steps_per_epoch
+        self._task = self._bars.add_task(
+            name, total=epochs * steps_per_epoch, epoch=f"0/{epochs}", **dict.fromkeys(COLUMNS, "–")
+        )
+
+    def show(self, state: TrainingState, values: Mapping[str, Any]) -> None:
+        """After each step; ``values`` are the newest of every recorded name."""
+        shown = {
+            title: pattern.format(values[name]) if values.get(name) is not None else "–"
+            for title, (name, pattern) in COLUMNS.items()
+        }
+        epoch = f"{state.step / self._per_epoch:.1f}/{self._epochs}"
+        if self.console.is_terminal:
+            self._bars.update(self._task, completed=state.step, epoch=epoch, **shown)
+        elif state.step and state.step % self._per_epoch == 0:
+            line = "  ".join(f"{title} {value}" for title, value in shown.items())
+            self.console.print(f"{self._name}  epoch {epoch}  {line}", highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()

@@ -1,0 +1,242 @@
+"""What happens between steps: evaluation, the probe, the log, checkpoints, interruption.
+
+Each is a StepHook. Checkpointing comes last, so that a checkpoint remembers everything that was recorded up
+to its step; a resumed run then writes the same lines as the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tangentlab.attacks import FGSM
+from tangentlab.data import Split
+from tangentlab.errors import InterruptedRunError
+from tangentlab.probes import KernelProbe
+from tangentlab.records import Run
+from tangentlab.runs.build import build_attack
+from tangentlab.runs.config import RunConfig
+from tangentlab.runs.evaluate import checkpoint_path, count_correct
+from tangentlab.training import TrainingState, check_parameters, save_checkpoint, save_weights
+
+CHECKPOINT_SECONDS = 300.0
+
+
+class Display(Protocol):
+    """Shows a run while it trains."""
+
+    def start(self, name: str, *, epochs: int, steps_per_epoch: int) -> None:
+        """The run that the next steps belong to."""
+        ...
+
+    def show(self, state: TrainingState, values: Mapping[str, Any]) -> None:
+        """After each step; ``values`` are the newest of every name recorded so far."""
+        ...
+
+
+@dataclass
+class Log:
+    """Writes records with their step and epoch, and keeps the newest value of every name."""
+
+    run: Run
+    steps_per_epoch: int
+    newest: dict[str, Any] = field(default_factory=dict)
+
+    def epoch(self, step: int) -> float:
+        return step / self.steps_per_epoch
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self.run.write({"step": step, "epoch": self.epoch(step), **values})
+        self.newest.update(values)
+
+
+@contextmanager
+def timed(state: TrainingState, purpose: str) -> Iterator[None]:
+    """Add the seconds of the body to ``state.seconds[purpose]``."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        state.seconds[purpose] += time.perf_counter() - started
+
+
+@dataclass
+class Evaluation:
+    """Clean, FGSM and PGD accuracy on the validation split; keeps the weights that are best under PGD."""
+
+    config: RunConfig
+    split: Split
+    log: Log
+    every: int
+    steps: int
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, state: TrainingState) -> None:
+        if state.step % self.every and state.step != self.steps:
+            return
+        with timed(state, "evaluation"):
+            device = state.loss_sum.device
+            attacks = {
+                "clean_accuracy": None,
+                "fgsm_accuracy": FGSM(self.config.eps),
+                "robust_accuracy": build_attack(self.config, num_steps=self.config.evaluation.num_steps),
+            }
+            values = {
+                name: count_correct(state.model, self.split, attack, seed=self.config.seed, device=device)
+                / len(self.split)
+                for name, attack in attacks.items()
+            }
+            self.log.write(state.step, {**values, "examples": len(self.split)})
+            # The untrained network is on the curve, but is no candidate.
+            if state.step and values["robust_accuracy"] > self.best.get("robust_accuracy", -1.0):
+                check_parameters(state)
+                self.best = {"step": state.step, "epoch": self.log.epoch(state.step), **values}
+                save_weights(checkpoint_path(self.log.run.folder, "best"), state, self.best)
+
+
+@dataclass
+class Probing:
+    """Measures the kernel every ``every`` steps."""
+
+    probe: KernelProbe
+    log: Log
+    every: int
+
+    def __call__(self, state: TrainingState) -> None:
+        if state.step % self.every:
+            return
+        with timed(state, "probe"):
+            measurement = self.probe.measure(
+                state.model, state.step, summed_learning_rate=state.summed_learning_rate
+            )
+            values = {"epoch": self.log.epoch(state.step), **measurement.values}
+            self.log.run.write(type(measurement)(state.step, values, measurement.kernels))
+            self.log.newest.update(measurement.values)
+
+
+@dataclass
+class Recording:
+    """Writes the loss, the cost and the seconds, at the end of each epoch."""
+
+    log: Log
+    mean_loss: Callable[[TrainingState], float]
+
+    def __call__(self, state: TrainingState) -> None:
+        if state.step == 0 or state.step % self.log.steps_per_epoch:
+            return
+        self.log.write(
+            state.step,
+            {
+                "train_loss": self.mean_loss(state),
+                "learning_rate": state.learning_rate,
+                "summed_learning_rate": state.summed_learning_rate,
+                **cost(state, self.log.steps_per_epoch),
+                **seconds(state),
+            },
+        )
+        state.loss_sum.zero_()
+        state.loss_count = 0
+
+
+@dataclass
+class Checkpointing:
+    """Saves the training state at the end of each epoch, every five minutes, and when asked to stop."""
+
+    config: RunConfig
+    log: Log
+    evaluation: Evaluation
+    probe: KernelProbe | None
+    steps: int
+    interruption: Interruption
+    saved: float = field(default_factory=time.monotonic)
+
+    def __call__(self, state: TrainingState) -> None:
+        if state.step == 0:
+            return
+        stop = self.interruption.asked
+        due = time.monotonic() - self.saved > CHECKPOINT_SECONDS
+        if state.step % self.log.steps_per_epoch == 0 or state.step == self.steps or due or stop:
+            self.save(state)
+        if stop and state.step < self.steps:
+            raise InterruptedRunError(f"interrupted at step {state.step} of {self.steps}")
+
+    def save(self, state: TrainingState) -> None:
+        """Replace the last checkpoint, unless the state is not finite."""
+        check_parameters(state)
+        extra = {
+            "epoch": self.log.epoch(state.step),
+            "metrics_size": self.log.run.metrics_size(),
+            "best": self.evaluation.best,
+            "newest": self.log.newest,
+        }
+        tensors = self.probe.state_dict() if self.probe else {}
+        save_checkpoint(checkpoint_path(self.log.run.folder, "last"), state, extra, tensors)
+        self.log.run.write_status(state="running", **progress(self, state))
+        self.saved = time.monotonic()
+
+
+@dataclass
+class Showing:
+    """Passes each step on to a display."""
+
+    display: Display
+    log: Log
+
+    def __call__(self, state: TrainingState) -> None:
+        self.display.show(state, self.log.newest)
+
+
+class Interruption:
+    """Ctrl-C asks for a stop at the next step boundary; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM (a batch system's notice) while the body runs, in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, _: object) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def progress(checkpointing: Checkpointing, state: TrainingState) -> dict[str, Any]:
+    """How far the run came, as status.json says it."""
+    log = checkpointing.log
+    return {
+        "step": state.step,
+        "steps": checkpointing.steps,
+        "epoch": log.epoch(state.step),
+        "epochs": checkpointing.config.training.epochs,
+        "best": checkpointing.evaluation.best,
+        **cost(state, log.steps_per_epoch),
+        **seconds(state),
+    }
+
+
+def cost(state: TrainingState, steps_per_epoch: int) -> dict[str, float]:
+    """Passes so far per training example: a PGD-10 epoch is 11 forwards, 10 input and 1 full backwards."""
+    counts = {**state.passes._asdict(), "cost": state.passes.cost}
+    return {name: count / steps_per_epoch for name, count in counts.items()}
+
+
+def seconds(state: TrainingState) -> dict[str, float]:
+    """Wall seconds so far by purpose."""
+    return {f"{purpose}_seconds": spent for purpose, spent in state.seconds.items()}

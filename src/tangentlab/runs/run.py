@@ -1,0 +1,267 @@
+"""Run one configuration: the loop, its hooks, its folder, on one process or several.
+
+The only home of Lightning Fabric: devices, processes and precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tangentlab.data import Batches
+from tangentlab.errors import (
+    ConfigError,
+    InterruptedRunError,
+    ModelError,
+    TangentlabError,
+)
+from tangentlab.records import Run, RunRecord, read_run
+from tangentlab.runs.build import (
+    Examples,
+    build_data,
+    build_model,
+    build_probe,
+    build_state,
+    every_steps,
+    learning_rate,
+    resolve_device,
+)
+from tangentlab.runs.config import RunConfig, build_method, resolve
+from tangentlab.runs.evaluate import checkpoint_path, evaluate_checkpoints
+from tangentlab.runs.hooks import (
+    Checkpointing,
+    Display,
+    Evaluation,
+    Interruption,
+    Log,
+    Probing,
+    Recording,
+    Showing,
+    progress,
+)
+from tangentlab.training import Step, StepHook, TrainingState, load_checkpoint
+from tangentlab.training import train as train_loop
+
+
+def train(
+    config: RunConfig,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    allow_import: Iterable[str] = (),
+    display: Display | None = None,
+) -> RunRecord:
+    """Train as the configuration says and evaluate the best and last checkpoints on the test set.
+
+    Args:
+        config: from :func:`load_config`, :func:`resolve` or built in Python.
+        out: the run folder; runs/NAME by default. With several processes the program is started once for
+            each of them (Fabric's launcher, torchrun or srun); the first writes the folder.
+        resume: go on from the last checkpoint of the folder, or begin where there is none.
+        allow_import: packages that a model may be imported from.
+        display: shows the run while it trains.
+
+    Returns:
+        The run as it lies on the disk.
+
+    Raises:
+        RunFolderError: the folder exists (without resume), is in use, or holds another configuration.
+        DivergedError: the loss or a parameter is not finite; the last good checkpoint is kept.
+        InterruptedRunError: Ctrl-C; the run is saved and can be resumed.
+        StorageError, DataError, ModelError, ConfigError: one line that says what and where.
+    """
+    config = resolve(config.to_dict(), allow_import=allow_import)
+    folder = Path(out) if out is not None else Path("runs") / config.name
+    fabric = _fabric(config)
+    fabric.launch()
+    first = fabric.global_rank == 0
+    with ExitStack() as stack:
+        run = stack.enter_context(_open(folder, config, resume)) if first else None
+        try:
+            _train(config, folder, run, fabric, resume=resume, allow_import=allow_import, display=display)
+        except (TangentlabError, KeyboardInterrupt) as error:
+            if run is not None:
+                _write_end(run, error)
+            if isinstance(error, KeyboardInterrupt):
+                raise InterruptedRunError(f"interrupted; {_how_to_resume(folder)}") from error
+            if isinstance(error, InterruptedRunError):
+                raise InterruptedRunError(f"{error}; {_how_to_resume(folder)}") from error
+            raise
+    fabric.barrier()
+    return read_run(folder)
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    run: Run | None,
+    fabric: Any,
+    *,
+    resume: bool,
+    allow_import: Iterable[str],
+    display: Display | None,
+) -> None:
+    examples = build_data(config)
+    model = build_model(config, examples, fabric.device, allow_import=allow_import)
+    state = build_state(config, model)
+    method = build_method(config)
+    batches = Batches(
+        examples.train,
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        augmentation=config.data.augmentation,
+        device=fabric.device,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    steps = config.training.epochs * batches.steps_per_epoch
+    interruption = Interruption()
+    hooks: list[StepHook] = []
+    checkpointing = None
+    if run is not None:
+        checkpointing, hooks = _hooks(config, examples, run, batches, steps, fabric, interruption, display)
+    if resume:
+        _resume(folder, state, checkpointing)
+    wrapped, _ = fabric.setup(model, state.optimizer)
+    try:
+        with interruption.listening():
+            train_loop(
+                state,
+                method=method,
+                batch=lambda step: batches.batch(step)[:2],
+                learning_rate=learning_rate(config, steps),
+                steps=steps,
+                seed=config.seed,
+                make=Step(trained=wrapped, autocast=fabric.autocast, backward=fabric.backward),
+                rank=fabric.global_rank,
+                hooks=hooks if fabric.world_size == 1 else [*hooks, lambda _: fabric.barrier()],
+            )
+            if run is not None and checkpointing is not None:
+                _finish(config, examples, run, model, state, checkpointing)
+    except RuntimeError as error:
+        # What PyTorch raises for a network that only fails in training mode or on a full batch.
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"training fails at step {state.step}: {reason}") from error
+
+
+def _hooks(
+    config: RunConfig,
+    examples: Examples,
+    run: Run,
+    batches: Batches,
+    steps: int,
+    fabric: Any,
+    interruption: Interruption,
+    display: Display | None,
+) -> tuple[Checkpointing, list[StepHook]]:
+    per_epoch = batches.steps_per_epoch
+    log = Log(run, per_epoch)
+    evaluation = Evaluation(
+        config, examples.validation, log, every_steps(config.evaluation.every, per_epoch), steps
+    )
+    probe = build_probe(config, examples)
+    checkpointing = Checkpointing(config, log, evaluation, probe, steps, interruption)
+    hooks: list[StepHook] = [evaluation]
+    if probe is not None:
+        hooks.append(Probing(probe, log, every_steps(config.probe.every, per_epoch)))
+    hooks.append(Recording(log, lambda state: float(state.loss_sum / state.loss_count)))
+    if display is not None:
+        display.start(config.name, epochs=config.training.epochs, steps_per_epoch=per_epoch)
+        hooks.append(Showing(display, log))
+    return checkpointing, [*hooks, checkpointing]
+
+
+def _resume(folder: Path, state: TrainingState, checkpointing: Checkpointing | None) -> None:
+    """Go on from the last checkpoint; where there is none the run begins."""
+    path = checkpoint_path(folder, "last")
+    if not path.exists():
+        if checkpointing is not None:
+            checkpointing.log.run.rewind(size=0, step=-1)
+        return
+    extra, tensors = load_checkpoint(path, state)
+    if checkpointing is not None:
+        checkpointing.log.run.rewind(size=extra["metrics_size"], step=state.step)
+        checkpointing.log.newest = extra["newest"]
+        checkpointing.evaluation.best = extra["best"]
+        if checkpointing.probe is not None:
+            checkpointing.probe.load_state_dict(tensors)
+
+
+def _finish(
+    config: RunConfig,
+    examples: Examples,
+    run: Run,
+    model: nn.Module,
+    state: TrainingState,
+    checkpointing: Checkpointing,
+) -> None:
+    run.write_status(state="evaluating", **progress(checkpointing, state))
+    evaluate_checkpoints(
+        run,
+        config,
+        examples,
+        model,
+        num_steps=config.evaluation.test_num_steps,
+        num_restarts=config.evaluation.test_num_restarts,
+        test_size=config.evaluation.test_size,
+    )
+    run.write_status(state="finished", **progress(checkpointing, state))
+
+
+def _open(folder: Path, config: RunConfig, resume: bool) -> Run:
+    if not resume or not (folder / "config.yaml").exists():
+        return Run.create(folder, config.to_dict())
+    run = Run.open(folder)
+    try:
+        _check_same(read_run(folder).config, config, folder)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _check_same(saved: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    """A resumed run is the same run: the first setting that differs is named."""
+    own = config.to_dict()
+    for key in sorted({*saved, *own}):
+        if saved.get(key) != own.get(key):
+            raise ConfigError(
+                f"{folder} was run with {key}={saved.get(key)!r}, not {own.get(key)!r}; give another --out"
+            )
+
+
+def _write_end(run: Run, error: BaseException) -> None:
+    """Say in status.json how the run ended, as far as the disk lets us."""
+    status = read_run(run.folder).status
+    stopped = isinstance(error, (InterruptedRunError, KeyboardInterrupt))
+    status |= {"state": "interrupted" if stopped else "failed", "message": str(error) or type(error).__name__}
+    status.pop("schema", None)
+    status.pop("pid", None)
+    try:
+        run.write_status(**status)
+    except TangentlabError:
+        return  # the first error is the one to tell
+
+
+def _how_to_resume(folder: Path) -> str:
+    return f"go on with: tangentlab train {folder} --resume"
+
+
+def _fabric(config: RunConfig) -> Any:
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
+
+    device = resolve_device(config.device)
+    several = config.processes > 1
+    return Fabric(
+        accelerator=device.type,
+        devices=config.processes,
+        # The others wait for the first process's evaluations and probes, however long those take.
+        strategy=DDPStrategy(timeout=timedelta(days=1)) if several else "auto",
+        precision={"fp32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
+    )

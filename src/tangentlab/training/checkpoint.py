@@ -1,0 +1,113 @@
+"""What a checkpoint holds: weights, buffers, the optimizer's tensors, and where training stands.
+
+Plain tensors and JSON in one safetensors file, nothing that could execute code. Names: ``model/<name>``,
+``optimizer/<parameter index>/<name>``, ``loop/loss_sum``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tangentlab.attacks import Passes
+from tangentlab.errors import CheckpointError
+from tangentlab.records import read_tensors, write_tensors
+from tangentlab.training.loop import TrainingState
+
+
+def save_checkpoint(
+    path: Path, state: TrainingState, extra: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write the state atomically; ``extra`` (JSON-able) and ``tensors`` come back when it is loaded."""
+    held: dict[str, Tensor] = {f"model/{name}": value for name, value in state.model.state_dict().items()}
+    held |= {f"extra/{name}": value for name, value in tensors.items()}
+    scalars: dict[str, Any] = {}
+    for index, entries in state.optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                held[f"optimizer/{index}/{name}"] = value
+            else:
+                scalars[f"{index}/{name}"] = value
+    held["loop/loss_sum"] = state.loss_sum
+    metadata = {
+        "step": state.step,
+        "passes": list(state.passes),
+        "summed_learning_rate": state.summed_learning_rate,
+        "loss_count": state.loss_count,
+        "seconds": state.seconds,
+        "optimizer": scalars,
+        "extra": dict(extra),
+    }
+    write_tensors(path, held, metadata)
+
+
+def save_weights(path: Path, state: TrainingState, extra: Mapping[str, Any]) -> None:
+    """Write weights and buffers alone, atomically, with the step and the JSON-able ``extra``."""
+    held = {f"model/{name}": value for name, value in state.model.state_dict().items()}
+    write_tensors(path, held, {"step": state.step, "extra": dict(extra)})
+
+
+def load_checkpoint(path: Path, state: TrainingState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put the saved state into ``state``, bit for bit; returns ``extra`` and the extra tensors.
+
+    Raises:
+        CheckpointError: unreadable, or of another model.
+    """
+    tensors, metadata = read_tensors(path)
+    _load_weights(path, tensors, state.model)
+    try:
+        entries: dict[int, dict[str, Any]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, index, name = key.split("/", 2)
+                entries.setdefault(int(index), {})[name] = value
+        for key, value in metadata["optimizer"].items():
+            index, name = key.split("/", 1)
+            entries.setdefault(int(index), {})[name] = value
+        groups = state.optimizer.state_dict()["param_groups"]
+        state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        state.loss_sum = tensors["loop/loss_sum"].to(state.loss_sum.device)
+        state.step = metadata["step"]
+        state.passes = Passes(*metadata["passes"])
+        state.summed_learning_rate = metadata["summed_learning_rate"]
+        state.loss_count = metadata["loss_count"]
+        state.seconds = metadata["seconds"]
+        extra: dict[str, Any] = metadata["extra"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not hold a training state: {error!r}") from error
+    prefix = "extra/"
+    return extra, {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
+
+
+def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Put the saved weights and buffers into ``model``; returns the checkpoint's {"step", "extra"}.
+
+    Raises:
+        CheckpointError: unreadable, or of another model.
+    """
+    tensors, metadata = read_tensors(path)
+    _load_weights(path, tensors, model)
+    return {"step": metadata.get("step"), "extra": metadata.get("extra", {})}
+
+
+def _load_weights(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    saved = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
+    own = model.state_dict()
+    differences = [f"{name} is missing" for name in own if name not in saved]
+    differences += [f"{name} is not in the model" for name in saved if name not in own]
+    differences += [
+        f"{name} has shape {tuple(saved[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own
+        if name in saved and saved[name].shape != own[name].shape
+    ]
+    if differences:
+        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        raise CheckpointError(f"{path} is a checkpoint of another model: {differences[0]}{more}")
+    with torch.no_grad():
+        model.load_state_dict(saved)

@@ -1,0 +1,148 @@
+"""The training loop: one optimizer update after another, hooks after each, nothing else.
+
+It knows no probe, no folder and no progress display: those are hooks. Everything a step depends on is in
+:class:`TrainingState` or derived from (seed, step), so a state that is saved and loaded goes on as if it had
+never stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tangentlab import randomness
+from tangentlab.attacks import Passes
+from tangentlab.errors import DivergedError
+from tangentlab.training.method import Method, Network
+
+
+@dataclass
+class TrainingState:
+    """What training carries from step to step.
+
+    Args:
+        model: the bare module.
+        optimizer: over the model's parameters.
+        step: optimizer updates so far.
+        passes: per training example of the batches so far: a PGD-10 step adds 11, 10, 1.
+        summed_learning_rate: Σ of the learning rates of the steps so far.
+        loss_sum: Σ of the batch losses since the caller last reset it, on the device; with ``loss_count``.
+        seconds: wall seconds by purpose ("train", "probe", "evaluation").
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    passes: Passes = field(default_factory=Passes)
+    summed_learning_rate: float = 0.0
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    loss_count: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "probe": 0.0, "evaluation": 0.0})
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+class StepHook(Protocol):
+    """Called after every step, and once before the first; it may read the state and leave no trace on it."""
+
+    def __call__(self, state: TrainingState) -> None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one update is made on the devices at hand; plain PyTorch by default, Fabric's from runs/.
+
+    Args:
+        trained: the module that the loss goes through, if not the bare one.
+        autocast: the precision's context.
+        backward: from the loss to the gradients.
+    """
+
+    trained: nn.Module
+    autocast: Callable[[], AbstractContextManager[object]]
+    backward: Callable[[Tensor], object]
+
+
+def train(
+    state: TrainingState,
+    *,
+    method: Method,
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    learning_rate: Callable[[int], float],
+    steps: int,
+    seed: int,
+    make: Step,
+    rank: int = 0,
+    hooks: Sequence[StepHook] = (),
+) -> None:
+    """Train until ``state.step == steps``.
+
+    Args:
+        state: where training stands; changed in place.
+        method: turns a batch into the loss.
+        batch: step -> (x [n, ...] in [0, 1], y [n]).
+        learning_rate: step -> learning rate of that update.
+        steps: optimizer updates in all.
+        seed, rank: the method's draws come from the stream (seed, "method", step, rank).
+        make: how an update is made.
+        hooks: called in order after every step, and before the first where training begins.
+
+    Raises:
+        DivergedError: a loss is not finite; the message names the step.
+    """
+    network = Network(bare=state.model, trained=make.trained)
+    device = state.loss_sum.device
+    if state.step == 0:
+        _call(hooks, state)
+    while state.step < steps:
+        started = time.perf_counter()
+        x, y = batch(state.step)
+        rate = learning_rate(state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        draws = randomness.generator(seed, "method", state.step, rank, device=device)
+        state.model.train()
+        state.optimizer.zero_grad(set_to_none=True)
+        with make.autocast():
+            loss = method.loss(network, x, y, generator=draws)
+        make.backward(loss)
+        state.optimizer.step()
+        state.loss_sum += loss.detach()
+        state.step += 1
+        state.loss_count += 1
+        state.summed_learning_rate += rate
+        state.passes = state.passes.plus(method.passes)
+        # On the CPU the look is free; elsewhere it would wait for the device at every step, and the callers
+        # of check_finite, before anything is saved, do it.
+        if device.type == "cpu":
+            check_finite(state)
+        state.seconds["train"] += time.perf_counter() - started
+        _call(hooks, state)
+
+
+def check_finite(state: TrainingState) -> None:
+    """Raise DivergedError unless the summed loss is finite."""
+    if not torch.isfinite(state.loss_sum):
+        raise DivergedError(f"the loss is {state.loss_sum.item()} at step {state.step}; training stops")
+
+
+def check_parameters(state: TrainingState) -> None:
+    """Raise DivergedError unless every parameter is finite; for use before a good checkpoint is replaced."""
+    check_finite(state)
+    for name, parameter in state.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise DivergedError(f"parameter {name} is not finite at step {state.step}; training stops")
+
+
+def _call(hooks: Sequence[StepHook], state: TrainingState) -> None:
+    for hook in hooks:
+        hook(state)
