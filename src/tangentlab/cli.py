@@ -92,7 +92,7 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
-    from tangentlab.runs import config as configs
+    from tangentlab.runs import parsing as configs
     from tangentlab.runs import train
     from tangentlab.runs.display import ProgressDisplay
     from tangentlab.runs.summary import evaluations_table

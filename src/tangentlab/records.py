@@ -180,10 +180,11 @@ class Run:
             raise _refused(self.folder / "metrics.jsonl", error) from error
 
     def write_evaluations(self, lines: list[dict[str, Any]]) -> None:
-        """Append to evaluations.jsonl, all or none."""
+        """Append to evaluations.jsonl, all or none; a repeated evaluation takes the place of the first."""
         path = self.folder / "evaluations.jsonl"
-        before = path.read_bytes() if path.exists() else b""
-        write_atomic(path, before + b"".join(json.dumps(_finite(line)).encode() + b"\n" for line in lines))
+        repeated = [_what_was_evaluated(line) for line in lines]
+        kept = [line for line in _read_lines(path) if _what_was_evaluated(line) not in repeated]
+        write_atomic(path, b"".join(json.dumps(_finite(line)).encode() + b"\n" for line in [*kept, *lines]))
 
     def write_status(self, **status: Any) -> None:
         """Replace status.json."""
@@ -351,6 +352,11 @@ def _refuse_occupied(folder: Path) -> None:
         path.name not in _BEGINNINGS and not path.name.endswith(".part") for path in folder.iterdir()
     ):
         raise RunFolderError(f"{folder} exists; give another --out, or --resume to go on with it")
+
+
+def _what_was_evaluated(line: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation without its outcome."""
+    return {k: v for k, v in line.items() if k not in ("correct", "accuracy", "interval", "seconds")}
 
 
 def _commit() -> str | None:

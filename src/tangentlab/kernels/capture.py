@@ -62,19 +62,25 @@ class Call:
         """Why the per-example gradients cannot be had from this call, or None."""
         if self.shape is None:
             return f"returns a {self._returned}, not one tensor"
-        if any(tensor._version != version for tensor, version in zip(self.inputs, self._versions, strict=True)):
+        if [tensor._version for tensor in self.inputs] != self._versions:
             return "has an input that is changed in place after the call"
-        if not self.inputs or any(shape[:1] != (n,) for shape in (self.shape, *(t.shape for t in self.inputs))):
-            return "takes or returns a tensor whose first dimension is not the examples'"
+        shapes = [self.shape, *(tensor.shape for tensor in self.inputs)]
+        if len(shapes) == 1 or any(shape[:1] != (n,) for shape in shapes):
+            return "takes or returns something whose first dimension is not the examples'"
         return None
 
 
 class Tape:
-    """The recorded forward of n examples: the model's output [n, C] with its graph, and the calls."""
+    """The recorded forward of n examples: the model's output [n, C] with its graph, and the calls.
+
+    Attributes:
+        footprint: elements of the graph an example, where the planner has measured it.
+    """
 
     def __init__(self, output: Tensor, calls: dict[nn.Module, list[Call]]) -> None:
         self.output = output
         self.calls = calls
+        self.footprint = 0
 
     def __len__(self) -> int:
         return self.output.shape[0]
@@ -97,8 +103,8 @@ class Tape:
             return
         edges = [call.edge for call in calls if call.edge is not None]
         for r, cotangent in enumerate(cotangents):
-            gradients = torch.autograd.grad(
-                [self.output], edges, [cotangent.expand_as(self.output)], retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad([self.output], edges, [cotangent.expand_as(self.output)],
+                                            retain_graph=True, allow_unused=True)
             for call, gradient in zip(calls, gradients, strict=True):
                 if gradient is None:
                     continue
@@ -120,8 +126,8 @@ def record(model: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> Tape:
     open_calls: dict[nn.Module, list[Call]] = {module: [] for module in calls}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is model:  # the one input that a model may change in place with nothing above to ask
-            args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        if module is model:  # nothing encloses it to be asked instead, should it change its input in place
+            args, kwargs = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, (args, kwargs))
         open_calls[module].append(Call(args, kwargs))
 
     def leave(module: nn.Module, _args: Any, _kwargs: Any, output: object) -> None:

@@ -22,11 +22,11 @@ from tangentlab.kernels.gram import chunks, product, row_blocks
 
 def contracts(module: nn.Module) -> bool:
     """Whether the module is, to the letter of its forward, a Linear or an ungrouped Conv2d."""
-    kind = type(module)
-    if isinstance(module, nn.Linear):
-        return kind.forward is nn.Linear.forward
-    return (isinstance(module, nn.Conv2d) and module.groups == 1
-            and kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward)
+    if isinstance(module, nn.Conv2d):
+        kind = type(module)
+        return (module.groups == 1 and kind.forward is nn.Conv2d.forward
+                and kind._conv_forward is nn.Conv2d._conv_forward)
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def patches(module: nn.Module, a: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class Plan:
     space: float
 
 
-def plan(model: nn.Module, blocks: Sequence[Block], x: Tensor, sizes: tuple[int, int | None], rows: int, sets: int,
-         dtype: torch.dtype, limit: int) -> Plan:
+def plan(model: nn.Module, blocks: Sequence[Block], x: Tensor, sizes: tuple[int, int | None],
+         rows: int, sets: int, dtype: torch.dtype, limit: int) -> Plan:
     """The largest even tile whose working memory stays within ``limit`` bytes.
 
     Args:
@@ -70,9 +70,10 @@ def plan(model: nn.Module, blocks: Sequence[Block], x: Tensor, sizes: tuple[int,
     once, twice = (_measured(model, blocks, x[:1].expand(n, *x.shape[1:]), rows) for n in (1, 2))
     tape = once.tape
     item = max(dtype.itemsize, tape.output.element_size())
-    a_example = max(twice.graph - once.graph, 0)  # the rest does not grow with the tile: weights made on the way
-    fixed = max(once.graph - a_example, 0)
-    tape.footprint = -(-a_example // item)
+    # What a second example does not add again is of the model: weights that a parametrization made.
+    each = max(twice.graph - once.graph, 0)
+    fixed = max(once.graph - each, 0)
+    tape.footprint = -(-each // item)
     n, m = sizes
     largest = n if m is None else max(n, m)
     for tile in _tiles(largest):
@@ -80,7 +81,7 @@ def plan(model: nn.Module, blocks: Sequence[Block], x: Tensor, sizes: tuple[int,
         plans = [block.plan(tape, tile, sides, rows, sets) for block in blocks]
         cached = sum(kept for kept, _ in plans) + 3 * (tile * rows) ** 2
         least = max(space for _, space in plans)
-        held = sides * (fixed + tile * (a_example + once.cotangents)) + tile * once.backward + item * cached
+        held = sides * (fixed + tile * (each + once.cotangents)) + tile * once.backward + item * cached
         # Half for the tiles, half for the workspace, unless nothing smaller is left to try.
         if held + item * least <= _COUNTED * limit and (tile == 1 or held <= _COUNTED * limit / 2):
             return Plan(tile, (_COUNTED * limit - held) / item)
@@ -118,7 +119,7 @@ def _measured(model: nn.Module, blocks: Sequence[Block], x: Tensor, rows: int) -
         for tensor in call.inputs:
             keep(tensor)
     sizes = [storage.nbytes() for storage in kept.values()]
-    cotangents = sum(call.delta.numel() * call.delta.element_size() for call in calls if call.delta is not None)
+    cotangents = sum(delta.nbytes for call in calls if (delta := call.delta) is not None)
     # A few of the largest activation, the unfolded input of a convolution (CPU kernels without oneDNN unfold
     # the whole batch), and one row of cotangents before it joins the others.
     backward = 4 * max(sizes, default=0) + _unfolded(tape) + (cotangents // rows if rows > 1 else 0)

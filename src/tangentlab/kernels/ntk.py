@@ -21,6 +21,7 @@ from tangentlab.kernels.capture import Tape, record
 from tangentlab.kernels.gram import chunks, mirrored
 from tangentlab.kernels.memory import Plan, bytes_of, plan, watched
 from tangentlab.kernels.ownership import owners
+from tangentlab.kernels.reproducible import called
 from tangentlab.kernels.rules import Block, blocks
 from tangentlab.modes import batchnorm_modules, evaluation, preserved
 
@@ -109,8 +110,8 @@ def ntk(
     return result[..., 0, 0] if kind == "class" else result[0, ..., 0, 0]
 
 
-def _fill(result: Tensor, model: nn.Module, found: list[Block], x: Tensor, x2: Tensor | None, cotangents: Tensor,
-          settled: Plan, progress: bool) -> None:
+def _fill(result: Tensor, model: nn.Module, found: list[Block], x: Tensor, x2: Tensor | None,
+          cotangents: Tensor, settled: Plan, progress: bool) -> None:
     """Add Σ_θ G_ir G_jsᵀ to result[k, i, j, r, s], for each of the sets of cotangents [sets, R, C].
 
     A set has the slot k of its own, or all share one. With x2 None the lower triangle of tiles is computed,
@@ -120,7 +121,8 @@ def _fill(result: Tensor, model: nn.Module, found: list[Block], x: Tensor, x2: T
         tape = record(model, modules, of[part])
         for module, calls in tape.calls.items():
             for fault in filter(None, (call.fault(len(tape)) for call in calls)):
-                raise KernelError(f"a {type(module).__name__} of the model {fault}, though not for the first examples")
+                raise KernelError(f"a {type(module).__name__} of the model {fault}, "
+                                  "though it does not for the first examples")
         return tape
 
     modules, tile = watched(found), settled.tile
@@ -196,8 +198,8 @@ def _check_batchnorm(model: nn.Module) -> None:
     untracked = {module for module in batchnorm_modules(model) if module.running_mean is None}
     for path, module in model.named_modules():
         if module in untracked:
-            raise KernelError(f"{f'module {path!r}' if path else 'the model'} ({type(module).__name__}) has no running "
-                              "statistics, so that batchnorm='running' is undefined")
+            raise KernelError(f"{called(path)} ({type(module).__name__}) has no running statistics, "
+                              "so that batchnorm='running' is undefined")
 
 
 @contextmanager

@@ -9,9 +9,9 @@ agree with those of each example run alone.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Mapping
+from itertools import takewhile
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from tangentlab.errors import KernelError
 from tangentlab.kernels.capture import Call, Tape, record
 from tangentlab.kernels.memory import watched
+from tangentlab.kernels.reproducible import reproducible
 from tangentlab.kernels.rules import Block, blocks
 from tangentlab.randomness import generator
 
@@ -42,7 +43,7 @@ def owners(model: nn.Module, x: Tensor) -> Owners:
             per-example gradient was found; names it.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    holders: dict[str, tuple[str, ...]] = {name: () for name in trained}
+    holders: dict[str, tuple[str, ...]] = dict.fromkeys(trained, ())
     names = {id(p): name for name, p in trained.items()}
     for path, module in model.named_modules():
         for p in dict.fromkeys(module._parameters.values()):
@@ -56,12 +57,13 @@ def owners(model: nn.Module, x: Tensor) -> Owners:
 
 
 def _check(model: nn.Module, pair: Tensor, trained: dict[str, nn.Parameter], holders: Owners) -> Owners:
-    first = _reproducible(model, pair)
+    first = reproducible(model, pair)
     v = torch.randn(first.shape[1], generator=generator(0, "kernels.ownership")).to(first)
     alone = [_alone(model, pair[i : i + 1], v, list(trained.values())) for i in range(len(pair))]
     tolerance = _Tolerance(first.dtype, alone, list(trained.values()))
-    tolerance.outputs(first, torch.cat([output for output, _ in alone]), "an example's output depends on the others "
-                      "in its batch: the model mixes examples, so that the kernel of single examples is undefined")
+    if not tolerance.outputs_agree(first, torch.cat([output for output, _ in alone])):
+        raise KernelError("the model mixes examples: an output depends on the other examples in the batch, "
+                          "so that the kernel of single examples is undefined")
     owners = dict(holders)
     while True:
         found = blocks(model, owners)
@@ -72,8 +74,8 @@ def _check(model: nn.Module, pair: Tensor, trained: dict[str, nn.Parameter], hol
             return owners
         for name in wrong:
             if owners[name] == ("",):
-                raise KernelError(f"parameter {name!r}: its per-example gradient cannot be had exactly, not even "
-                                  f"by running the whole model on each example ({wrong[name]})")
+                raise KernelError(f"parameter {name!r}: no exact per-example gradient, not even by running "
+                                  f"the whole model on each example ({wrong[name]})")
             owners[name] = (_enclosing(owners[name]),)
 
 
@@ -106,7 +108,10 @@ def _disagreeing(found: list[Block], tape: Tape, alone: list[tuple[Tensor, list[
 def _enclosing(paths: tuple[str, ...]) -> str:
     """The path of the innermost module around one path, or around all of several."""
     parts = [path.split(".") for path in paths]
-    return ".".join(parts[0][:-1] if len(parts) == 1 else os.path.commonprefix(parts))
+    if len(parts) == 1:
+        return ".".join(parts[0][:-1])
+    shared = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return ".".join(level[0] for level in shared)
 
 
 def _consumers(output: Tensor) -> dict[Node, set[Node]]:
@@ -137,53 +142,13 @@ def _inside(call: Call) -> set[Node]:
     return seen
 
 
-def _alone(model: nn.Module, x: Tensor, v: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:
+def _alone(model: nn.Module, x: Tensor, v: Tensor,
+           parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:
     """The outputs of one example run alone, and the gradients of their product with v; None where unused."""
     output = record(model, [], x).output
     if not output.requires_grad:
         return output, [None] * len(parameters)
     return output.detach(), list(torch.autograd.grad([(output @ v).sum()], parameters, allow_unused=True))
-
-
-def _reproducible(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's outputs, if two forwards agree and none moves PyTorch's global generators.
-
-    The generators are watched because two draws may agree by chance; that also finds the module.
-    """
-    before: dict[nn.Module, list[Tensor]] = {}
-    culprits: list[nn.Module] = []
-
-    def enter(module: nn.Module, _args: Any) -> None:
-        before[module] = _generator_states(x.device)
-
-    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
-        if any(not torch.equal(a, b) for a, b in zip(before[module], _generator_states(x.device), strict=True)):
-            culprits.append(module)  # an inner module leaves before those around it
-
-    handles = [handle for module in model.modules() for handle in (
-        module.register_forward_pre_hook(enter, prepend=True), module.register_forward_hook(leave))]
-    try:
-        outputs = [record(model, [], x).output.detach() for _ in range(2)]
-    finally:
-        for handle in handles:
-            handle.remove()
-    if culprits:
-        path = next(path for path, module in model.named_modules() if module is culprits[0])
-        raise KernelError(f"{f'module {path!r}' if path else 'the model'} ({type(culprits[0]).__name__}) draws random "
-                          "numbers in evaluation mode: the kernel of a random function is undefined")
-    bad = int((~outputs[0].isfinite()).sum())
-    if bad:
-        raise KernelError(f"{bad} of {outputs[0].numel()} outputs of the model on the first {len(x)} examples are "
-                          "not finite")
-    if not torch.allclose(*outputs, rtol=torch.finfo(outputs[0].dtype).eps ** 0.5, atol=0):
-        raise KernelError("two forwards of the model in evaluation mode differ: the kernel of a random function is "
-                          "undefined")
-    return outputs[0]
-
-
-def _generator_states(device: torch.device) -> list[Tensor]:
-    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *cuda]
 
 
 class _Tolerance:
@@ -198,19 +163,21 @@ class _Tolerance:
     def __init__(self, dtype: torch.dtype, alone: list[tuple[Tensor, list[Tensor | None]]],
                  parameters: list[nn.Parameter]) -> None:
         eps = torch.finfo(dtype).eps
-        self._relative = eps**0.5
+        self._relative = math.sqrt(eps)
         whole = [[(g.norm(), (g * p.detach()).norm()) for g, p in zip(gradients, parameters, strict=True)
                   if g is not None] for _, gradients in alone]
-        self._gradient_floor = 64 * eps * max((sum(float(g) ** 2 for g, _ in row) ** 0.5 for row in whole), default=0)
-        self._output_floor = 8 * eps * max((sum(float(gp) ** 2 for _, gp in row) ** 0.5 for row in whole), default=0)
+        self._gradient_floor = 64 * eps * max(math.hypot(*(float(g) for g, _ in row)) for row in whole)
+        self._output_floor = 8 * eps * max(math.hypot(*(float(gp) for _, gp in row)) for row in whole)
 
     def agree(self, a: Tensor | None, b: Tensor | None) -> bool:
         """Whether two gradients agree; None is zero."""
         if a is None or b is None:
             return all(g is None or float(g.norm()) <= self._gradient_floor for g in (a, b))
-        b = b.flatten().to(a)
-        return float((a - b).norm()) <= self._relative * float(b.norm()) + self._gradient_floor
+        return _distance(a, b.flatten()) <= self._relative * float(b.norm()) + self._gradient_floor
 
-    def outputs(self, a: Tensor, b: Tensor, message: str) -> None:
-        if float((a - b).norm()) > self._relative * float(a.norm()) + self._output_floor:
-            raise KernelError(message)
+    def outputs_agree(self, a: Tensor, b: Tensor) -> bool:
+        return _distance(a, b) <= self._relative * float(b.norm()) + self._output_floor
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm())

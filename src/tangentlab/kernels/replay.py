@@ -6,6 +6,8 @@ grouped and transposed convolutions, bare parameters, parametrizations, and at w
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
@@ -35,7 +37,9 @@ class Replay:
 
     def _pulled(self, call: Call, delta: Tensor, chunk: int) -> Tensor:
         """[n, R, P] of one call with the cotangents δ [n, R, ...]."""
-        with torch.no_grad():  # vjp records nevertheless, and only with respect to the names
+        with torch.no_grad(), warnings.catch_warnings():  # vjp records nevertheless, but only for the names
+            # What torch cannot vectorize it loops over, correctly, and says so at each new operator.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             if self._vectorized:
                 try:
                     result: Tensor = vmap(lambda inputs, rows: self._example(call, inputs, rows),
@@ -56,7 +60,7 @@ class Replay:
             output: Tensor = functional_call(self._module, parameters, args, kwargs)
             return output.squeeze(0)
 
-        _, pull = vjp(forward, {name: self._module.get_parameter(name).detach() for name in self._names})
+        pull = vjp(forward, {name: self._module.get_parameter(name).detach() for name in self._names})[1]
 
         def pulled(row: Tensor) -> Tensor:
             (gradients,) = pull(row)
@@ -68,7 +72,7 @@ class Replay:
         return torch.stack([pulled(row) for row in rows])
 
     def transient(self, tape: Tape) -> int:
-        """A container's replay holds at most what the model's graph does; a leaf's, a few times its outputs."""
+        """A container's replay holds at most what the model's graph does, a leaf's a few outputs."""
         live = tape.live(self.modules)
         if not live:
             return 0

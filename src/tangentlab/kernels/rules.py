@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
-from tangentlab.kernels.replay import Replay
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tangentlab.kernels.capture import Call, Tape
 from tangentlab.kernels.contraction import Contraction, columns, contracts
 from tangentlab.kernels.gram import chunks, product
+from tangentlab.kernels.replay import Replay
 
 
 class Rule(Protocol):
@@ -38,10 +38,15 @@ class Rule(Protocol):
         ...
 
 
-class Block(Rule, Protocol):
+class Block(Protocol):
     """The parameters ``names``, flattened one after the other, and their share of the kernel."""
 
     names: list[str]
+    modules: list[nn.Module]
+
+    def gradient(self, tape: Tape, dtype: torch.dtype, space: float) -> Tensor | None:
+        """As a rule's."""
+        ...
 
     def gram(self, left: Tape, right: Tape | None, dtype: torch.dtype, space: float,
              cache: dict[object, Tensor]) -> Tensor | None:
@@ -74,7 +79,8 @@ class Bias:
         self.modules = [module]
 
     def gradient(self, tape: Tape, dtype: torch.dtype, space: float) -> Tensor | None:
-        return _total(columns(module, delta).sum(3, dtype=dtype) for module, _, delta in tape.live(self.modules))
+        return _total(columns(module, delta).sum(3, dtype=dtype)
+                      for module, _, delta in tape.live(self.modules))
 
     def transient(self, tape: Tape) -> int:
         return max((delta[0].numel() for _, _, delta in tape.live(self.modules)), default=0)
@@ -83,8 +89,8 @@ class Bias:
 class Scale:
     """∂f/∂γ = Σ_p δ_p x̂_p: BatchNorm's scale, x̂ = (x − mean) / √(var + eps) with the running statistics."""
 
-    def __init__(self, module: _BatchNorm) -> None:
-        self.modules: list[nn.Module] = [module]
+    def __init__(self, module: nn.Module) -> None:
+        self.modules = [module]
 
     def gradient(self, tape: Tape, dtype: torch.dtype, space: float) -> Tensor | None:
         return _total(self._share(module, call, delta, dtype, space)
@@ -135,7 +141,7 @@ class Explicit:
 
 
 def blocks(model: nn.Module, owners: Mapping[str, tuple[str, ...]]) -> list[Block]:
-    """The blocks of a model whose parameter ``name`` acts through the modules at the paths ``owners[name]``."""
+    """The blocks of a model whose parameters act through the modules at the paths ``owners[name]``."""
     parameters = dict(model.named_parameters())
     found: list[Block] = []
     replayed: dict[tuple[str, ...], list[str]] = defaultdict(list)
@@ -156,14 +162,13 @@ def blocks(model: nn.Module, owners: Mapping[str, tuple[str, ...]]) -> list[Bloc
 
 
 def _rule(module: nn.Module, name: str, parameter: nn.Parameter) -> Rule:
-    """The rule for a parameter that acts through the module; only a forward known to the letter has its own."""
+    """The rule for a parameter that acts through the module; the forwards known to the letter have one."""
     forward, local = type(module).forward, _local_names(module, parameter)
-    batchnorm = isinstance(module, _BatchNorm) and forward is _BatchNorm.forward
     if local == ["weight"] and contracts(module):
         return Contraction(name, [module])
-    if local == ["weight"] and batchnorm:
+    if local == ["weight"] and forward is _BatchNorm.forward:
         return Scale(module)
-    if local == ["bias"] and (batchnorm or forward in (nn.Linear.forward, nn.Conv2d.forward)):
+    if local == ["bias"] and forward in (nn.Linear.forward, nn.Conv2d.forward, _BatchNorm.forward):
         return Bias(module)
     return Replay(module, local[:1])
 

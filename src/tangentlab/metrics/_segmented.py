@@ -160,20 +160,28 @@ def _blocks(t: Array, y: Array) -> list[_Block]:
     blocks += [_fit(DECLINING, _unending(x), none, y) for x in [clock(t) for clock in clocks] + shifted]
     blocks += [_fit(LAZY, fall, none, y) for fall in falls]
     blocks += [_fit(AGAIN, none, rise, y) for rise in rises]
-    blocks += [_fit(ALL_THREE, fall, rise, y) for fall in falls for rise in rises]
+    # One large matrix product a rise: many small ones leave the threads waiting for each other.
+    every_fall = np.concatenate([fall.rows for fall in falls])
+    for rise in rises:
+        overlaps = np.split(every_fall @ rise.rows.T, len(falls))
+        blocks += [_fit(ALL_THREE, f, rise, y, overlap) for f, overlap in zip(falls, overlaps, strict=True)]
     return [block for block in blocks if len(block.rss)]
 
 
-def _fit(model: str, fall: _Shape, rise: _Shape, y: Array) -> _Block:
-    """Least squares of the centred y on a constant and one row of each shape, for all pairs of rows."""
+def _fit(model: str, fall: _Shape, rise: _Shape, y: Array, overlap: Array | None = None) -> _Block:
+    """Least squares of the centred y on a constant and one row of each shape, for all pairs of rows.
+
+    ``overlap`` holds Σ f g of all pairs, by default none.
+    """
     n = len(y)
     # NaN, a shape that is absent or not in view, leaves the lazy stage as long as it likes.
     too_short = rise.start[None, :] - fall.end[:, None] < MIN_SNAPSHOTS
     i, j = np.nonzero(~too_short)
-    f1, f2, fy = fall.rows.sum(1)[i], (fall.rows**2).sum(1)[i], (fall.rows @ y)[i]
-    g1, g2, gy = rise.rows.sum(1)[j], (rise.rows**2).sum(1)[j], (rise.rows @ y)[j]
-    ff, gg = f2 - f1**2 / n, g2 - g1**2 / n
-    fg = (fall.rows @ rise.rows.T)[i, j] - f1 * g1 / n
+    f1, f2, fy = (moment[i] for moment in _moments(fall.rows, y))
+    g1, g2, gy = (moment[j] for moment in _moments(rise.rows, y))
+    ff, gg, fg = f2 - f1**2 / n, g2 - g1**2 / n, -f1 * g1 / n
+    if overlap is not None:
+        fg = fg + overlap[i, j]
     # An absent shape is a zero row; 1 in its place of the matrix makes its coefficient 0.
     has_fall, has_rise = bool(fall.rows.any()), bool(rise.rows.any())
     ff, gg = ff if has_fall else np.ones_like(ff), gg if has_rise else np.ones_like(gg)
@@ -183,6 +191,11 @@ def _fit(model: str, fall: _Shape, rise: _Shape, y: Array) -> _Block:
     # A fall that rises is no stage; the nearest fit that is allowed belongs to a simpler model.
     forbidden = ((a <= 0) & has_fall) | ((c <= 0) & has_rise)
     return _Block(model, 1 + has_fall + has_rise, fall, rise, i, j, a, c, np.where(forbidden, np.inf, rss))
+
+
+def _moments(rows: Array, y: Array) -> tuple[Array, Array, Array]:
+    """Σx, Σx² and Σxy of every row."""
+    return rows.sum(1), np.einsum("ij,ij->i", rows, rows), np.einsum("ij,j->i", rows, y)
 
 
 def _positions(first: int, last: int, per_snapshot: int, most: int) -> Array:

@@ -5,8 +5,8 @@ training, is what "Rethinking Adversarial Training with Neural Tangent Kernel" (
 Whether a curve has them is decided here by the evidence of segmented curves, in ``_segmented``, with the
 noise, its autocorrelation and the position of every change point accounted for.
 
-A stage is claimed if the posterior probability that there is one, of at least three snapshots and 1.5 times the
-lazy level, is 0.95 or more. Otherwise its fields are None; the probability says how open the question is.
+A stage is claimed if the posterior probability that there is one, of three snapshots or more and at least 1.5
+times the lazy level, is 0.95. Otherwise its fields are None; the probability says how open the question is.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class Stages:
         until = f", until {unit} {_time(self.third_end)}" if self.third_end is not None else ""
         return (
             f"a third stage from {unit} {_time(self.third_start)} ({self._within(self.third_start_interval)}"
-            f"probability {self.third_probability:.2f}), {self.level_ratio:.1f} times as fast as the lazy one{until}"
+            f"probability {self.third_probability:.2f}), {self.level_ratio:.1f} times as fast as the lazy "
+            f"one{until}"
         )
 
     def _within(self, interval: Interval | None) -> str:
@@ -154,8 +155,8 @@ def find_stages(times: Curve, velocity: Curve, *, credibility: float = 0.9) -> S
     >>> epochs = list(range(1, 31))
     >>> decline_then_flat = [max(0.5 ** (t / 2), 0.03) for t in epochs]
     >>> print(find_stages(epochs, decline_then_flat).describe())
-    Fast kernel learning until epoch 10.2 (90% interval 9 to 11.2, probability 1.00), then a lazy stage until \
-epoch 30; no third stage (probability 0.00).
+    Fast kernel learning until epoch 10.2 (90% interval 9 to 11.2, probability 1.00), \
+then a lazy stage until epoch 30; no third stage (probability 0.00).
     """
     if not 0 < credibility < 1:
         raise ConfigError(f"credibility={credibility} is out of range; choose between 0 and 1, such as 0.9")

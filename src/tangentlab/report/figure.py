@@ -123,17 +123,27 @@ class Slider:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What is found in one run; ``colour`` is its place."""
+
+    run: str
+    colour: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Finding:
-    """What to look for, and whether it is there in these runs: one part a run."""
+    """What to look for, and whether it is there in these runs; without parts, ``missing`` says what lacks."""
 
     look_for: str
     state: State
-    parts: tuple[str, ...]
+    parts: tuple[Part, ...]
+    missing: str = ""
 
     @property
     def text(self) -> str:
-        """The sentence."""
-        return "; ".join(self.parts) + "."
+        """The finding as one sentence."""
+        return "; ".join(f"{part.run}: {part.text}" for part in self.parts) or self.missing
 
 
 @dataclass(frozen=True)
@@ -199,7 +209,7 @@ def value_limits(figure: Figure) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a figure's legend; ``colour`` is None where the name comes in several colours."""
+    """An entry of a figure's legend; ``colour`` is None where colours tell panels apart, not entries."""
 
     name: str
     colour: int | None
@@ -208,13 +218,10 @@ class Key:
 
 def legend(figure: Figure) -> list[Key]:
     """One entry a name; none where a single name would say nothing."""
-    keys: dict[str, Key] = {}
-    for panel in figure.panels:
-        for line in panel.lines if isinstance(panel, LinePanel) else ():
-            if line.in_legend:
-                known = keys.get(line.name)
-                same = known is None or known.colour == line.colour
-                keys[line.name] = Key(line.name, line.colour if same else None, line.style)
+    panels = [panel for panel in figure.panels if isinstance(panel, LinePanel)]
+    lines = [line for panel in panels for line in panel.lines if line.in_legend]
+    by_run = any(panel.colour is not None for panel in panels)
+    keys = {line.name: Key(line.name, None if by_run else line.colour, line.style) for line in lines}
     return list(keys.values()) if len(keys) > 1 else []
 
 

@@ -49,10 +49,13 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
     low, high = x_limits(figure, panel)
     y_range = list(y_limits(figure, panel))
     labelled = [span for span in panel.spans if span.end - span.start >= _ROOM_FOR_LABEL * (high - low)]
-    rows = bool(labelled) + sum(bool(mark.label) for mark in panel.marks)
+    rows = max(_label_rows(p) for p in figure.panels if isinstance(p, LinePanel))
     layout = _layout(panel.x_axis, panel.y_axis, top=8 + _ROW * rows)
     layout["xaxis"]["range"] = [low, high]
-    layout["yaxis"]["range"] = [math.log10(y) for y in y_range] if panel.y_axis.log else y_range
+    if panel.y_axis.log:
+        layout["yaxis"] |= _log_ticks(*y_range)
+        y_range = [math.log10(y) for y in y_range]
+    layout["yaxis"]["range"] = y_range
     layout["hovermode"] = "x unified"
     layout["shapes"] = [_shaded(span) for span in panel.spans] + [
         {
@@ -87,6 +90,10 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
         for line in panel.lines
     ]
     return {"data": data, "layout": layout, "time": panel.x_axis.label}
+
+
+def _label_rows(panel: LinePanel) -> int:
+    return bool(panel.spans) + sum(bool(mark.label) for mark in panel.marks)
 
 
 def _shaded(span: Span) -> Spec:
@@ -164,10 +171,21 @@ def _axis(axis: Axis) -> Spec:
         "nticks": 6,
     }
     if axis.log:
-        spec |= {"type": "log", "exponentformat": "power", "dtick": 1}
+        spec |= {"type": "log"}
     if axis.percent:
         spec |= {"tickformat": ".0%"}
     return spec
+
+
+def _log_ticks(low: float, high: float) -> Spec:
+    """Powers of ten; below two decades they are too few, and 2 and 5 stand between them."""
+    if high / low >= 100:
+        # plotly draws powers larger than other labels.
+        return {"dtick": 1, "exponentformat": "power", "tickfont": {"size": 10}}
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    return {"tickvals": ticks, "ticktext": [f"{tick:.3g}" for tick in ticks]}
 
 
 def _rounded(value: float) -> float | None:

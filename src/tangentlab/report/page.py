@@ -27,7 +27,7 @@ from tangentlab.report.interactive import specifications
 from tangentlab.report.paper import write_paper_figure
 from tangentlab.report.subject import Subject, subjects
 from tangentlab.report.summary import summary
-from tangentlab.report.table import attack_settings, table
+from tangentlab.report.table import attack_settings, data_name, table
 
 _FOLDER = "figures"
 
@@ -75,7 +75,10 @@ def _render(runs: Sequence[Subject], figures: Sequence[Figure]) -> str:
 
 
 def _title(runs: Sequence[Subject]) -> str:
-    return runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
+    if len(runs) == 1:
+        return runs[0].label
+    data = {data_name(run) for run in runs}
+    return f"{len(runs)} runs on {data.pop()}" if len(data) == 1 and "" not in data else f"{len(runs)} runs"
 
 
 def _context(figure: Figure) -> dict[str, Any]:

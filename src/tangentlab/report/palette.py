@@ -43,7 +43,7 @@ _STYLES: dict[str, Style] = {
     "clean~pgd": "dot",
     "fgsm~pgd": "solid",
 }
-_NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "pgd-once": "PGD, crafted once"}
+_NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "pgd-once": "PGD crafted once"}
 
 
 def run_colour(place: int) -> str:

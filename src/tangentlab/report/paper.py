@@ -16,7 +16,6 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -37,19 +36,22 @@ from tangentlab.report.figure import (
 from tangentlab.report.palette import LIGHT, SEQUENTIAL, run_colour
 
 _COLUMN, _PAGE = 3.25, 6.75
-_MOST_COLUMNS = 4
+_MOST_COLUMNS, _MOST_ROWS = 4, 5
+_LEFT, _BOTTOM, _MARK_ROW = 0.44, 0.36, 0.1  # inches
 _DASHES: dict[str, Any] = {
     "solid": "-",
     "dash": (0, (4, 1.6)),
     "dot": (0, (1, 1.2)),
     "dashdot": (0, (4, 1.4, 1, 1.4)),
 }
+_STEPS = [1, 2, 5, 10]
 _MAP = LinearSegmentedColormap.from_list("sequential", SEQUENTIAL)
 
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
     "font.size": 6.5,
     "axes.titlesize": 6.5,
+    "axes.titley": 1.0,  # else its place is searched for, at a third of the time
     "axes.labelsize": 6.5,
     "xtick.labelsize": 6,
     "ytick.labelsize": 6,
@@ -67,7 +69,6 @@ _STYLE: dict[str, Any] = {
     "lines.linewidth": 1.0,
     "grid.linewidth": 0.4,
     "grid.color": LIGHT["line"],
-    "text.parse_math": False,  # a "$" in a run's name is a dollar
     "svg.fonttype": "none",
     "svg.hashsalt": "tangentlab",
     "pdf.fonttype": 42,
@@ -90,37 +91,80 @@ def write_paper_figure(figure: Figure, folder: Path) -> None:
 
 def _draw(figure: Figure) -> Canvas:
     columns = min(_MOST_COLUMNS, max(len(view.panels) for view in figure.views))
-    heights = [math.ceil(len(view.panels) / columns) for view in figure.views]
+    rows = _rows(figure, columns)
+    several = rows[0][0] != rows[-1][0]
+    left = _LEFT + (0.1 if several else 0)
+    matrices = [panel for panel in figure.panels if isinstance(panel, MatrixPanel)]
+    handles = _legend_handles(figure)
     width = _COLUMN if columns == 1 else _PAGE
-    height = sum(heights) * max(1.35, min(1.9, width / columns + 0.15)) + 0.35
-    canvas = Canvas(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.04))
-    grid = canvas.add_gridspec(sum(heights), columns)
-    row, matrices = 0, []
-    for view, rows in zip(figure.views, heights, strict=True):
-        for place, panel in enumerate(view.panels):
-            axes = canvas.add_subplot(grid[row + place // columns, place % columns])
-            axes.set_title(_title(figure, view.label, panel), loc="left", pad=3 + _mark_rows(panel) * 6.5)
+    # All in inches, set by hand: matplotlib's own layout engines give up where a panel is small.
+    right = 0.52 if matrices else 0.08
+    panel_width = (width - right) / columns - left
+    panel_height = min(panel_width, 1.5) if matrices else 1.25
+    top = 0.2 + _MARK_ROW * max(_mark_rows(panel) for panel in figure.panels)
+    row_height = top + panel_height + _BOTTOM
+    legend_rows = math.ceil(len(handles) / _legend_columns(width))
+    height = len(rows) * row_height + 0.14 * legend_rows + 0.04
+
+    canvas = Canvas(figsize=(width, height))
+    for row, (view, panels) in enumerate(rows):
+        for column, panel in enumerate(panels):
+            start = column * (left + panel_width) + left
+            bottom = height - row * row_height - top - panel_height
+            box = (start / width, bottom / height, panel_width / width, panel_height / height)
+            axes = canvas.add_axes(box)
+            title = _title(panel, panel_width)
+            axes.set_title(title, loc="left", pad=3 + 72 * (top - 0.2), parse_math=False)
             if isinstance(panel, LinePanel):
                 _draw_lines(axes, figure, panel)
             else:
-                matrices.append((axes, _draw_matrix(axes, figure, panel), panel))
-            first = place % columns == 0 or panel.y_axis != view.panels[place - 1].y_axis
-            axes.set_ylabel(panel.y_axis.label if first else "")
-        row += rows
+                image = _draw_matrix(axes, figure, panel)
+            axes.set_xlabel(panel.x_axis.label, labelpad=1.5)
+            if column == 0 or panel.y_axis != panels[column - 1].y_axis:
+                prefix = f"{view}\n" if several and view != panel.y_axis.label else ""
+                axes.set_ylabel(prefix + panel.y_axis.label, labelpad=1.5, parse_math=False)
     if matrices:
-        axes, image, panel = matrices[-1]
-        canvas.colorbar(
-            image, ax=[axes for axes, _, _ in matrices], label=panel.value, aspect=40, fraction=0.03
+        place = (1 - 0.42 / width, 1 - (top + panel_height) / height, 0.08 / width, panel_height / height)
+        canvas.colorbar(image, cax=canvas.add_axes(place), label=matrices[0].value)
+    if handles:
+        # matplotlib hides entries that begin with "_", and a run's name may.
+        labels = [f"\u200b{label}" if label.startswith("_") else label for label in map(_label, handles)]
+        entries = canvas.legend(
+            handles,
+            labels,
+            loc="lower center",
+            ncols=min(len(handles), _legend_columns(width)),
+            frameon=False,
+            borderaxespad=0.1,
+            borderpad=0.1,
+            labelspacing=0.3,
+            handlelength=2.2,
+            columnspacing=1.6,
         )
-    _add_legend(canvas, figure)
+        for text in entries.get_texts():
+            text.set_parse_math(False)  # a "$" in a run's name is a dollar
     return canvas
 
 
-def _title(figure: Figure, view: str, panel: Panel) -> str:
+def _rows(figure: Figure, columns: int) -> list[tuple[str, tuple[Panel, ...]]]:
+    """(view, panels) of each row: all views, or as many as a page holds."""
+    rows: list[tuple[str, tuple[Panel, ...]]] = []
+    for view in figure.views:
+        starts = range(0, len(view.panels), columns)
+        if rows and len(rows) + len(starts) > _MOST_ROWS:
+            break
+        rows += [(view.label, view.panels[start : start + columns]) for start in starts]
+    return rows
+
+
+def _title(panel: Panel, width: float) -> str:
+    """The panel's title, cut to ``width`` inches, with the moment that a film is shown at."""
     moment = ""
     if isinstance(panel, MatrixPanel) and panel.moments:
-        moment = f"{panel.unit} {panel.moments[panel.frame_at[-1]]:.3g}"
-    return ", ".join(filter(None, (panel.title, view if len(figure.views) > 1 else "", moment)))
+        moment = f", {panel.unit} {panel.moments[panel.frame_at[-1]]:.3g}"
+    room = int(72 * width / (0.6 * _STYLE["axes.titlesize"])) - len(moment)
+    title = panel.title if len(panel.title) <= room else f"{panel.title[: max(room - 1, 1)]}…"
+    return title + moment
 
 
 def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
@@ -141,8 +185,7 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
     axes.set_ylim(y_limits(figure, panel))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    axes.set_xlabel(panel.x_axis.label)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     low, high = axes.get_xlim()
     row = 0
     for mark in sorted(panel.marks, key=lambda mark: mark.x):
@@ -153,7 +196,7 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
                 mark.label,
                 (mark.x, 1),
                 xycoords=axes.get_xaxis_transform(),
-                xytext=(0, 1.5 + 6.5 * row),
+                xytext=(0, 1.5 + 72 * _MARK_ROW * row),
                 textcoords="offset points",
                 ha="left" if place < 0.3 else "right" if place > 0.7 else "center",
                 fontsize=5.5,
@@ -179,9 +222,8 @@ def _draw_matrix(axes: Axes, figure: Figure, panel: MatrixPanel) -> Any:
         rasterized=True,  # a hundred snapshots are ten thousand rectangles
     )
     axes.set_aspect("equal")
-    axes.set_xlabel(panel.x_axis.label)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5, integer=panel.row_zero_on_top))
+        axis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=panel.row_zero_on_top))
     if panel.row_zero_on_top:
         axes.invert_yaxis()
     axes.spines[:].set_visible(False)
@@ -195,8 +237,12 @@ def _set_scale(axes: Axes, axis: Axis) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _add_legend(canvas: Canvas, figure: Figure) -> None:
-    handles: list[Any] = [
+def _legend_columns(width: float) -> int:
+    return 2 if width < _PAGE else 5
+
+
+def _legend_handles(figure: Figure) -> list[Any]:
+    lines = [
         Line2D(
             [],
             [],
@@ -206,21 +252,8 @@ def _add_legend(canvas: Canvas, figure: Figure) -> None:
         )
         for key in legend(figure)
     ]
-    handles += [
-        Patch(color=LIGHT[stage], alpha=0.25, linewidth=0, label=stage) for stage in stages_in(figure)
-    ]
-    if handles:
-        # matplotlib hides entries that begin with "_", and a run's name may.
-        labels = [f"\u200b{label}" if label.startswith("_") else label for label in map(_label, handles)]
-        canvas.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=min(len(handles), 2 if canvas.get_figwidth() < _PAGE else 6),
-            frameon=False,
-            handlelength=2.2,
-            columnspacing=1.6,
-        )
+    stages = [Patch(color=LIGHT[stage], alpha=0.25, linewidth=0, label=stage) for stage in stages_in(figure)]
+    return [*lines, *stages]
 
 
 def _label(handle: Any) -> str:

@@ -70,5 +70,7 @@ def _stages(runs: Sequence[Subject]) -> str:
     if not lazy:
         return "No lazy stage of the kernel was found."
     again = [run.label for run in lazy if run.stages and run.stages.third_start is not None]
-    moved = f"; it moved again in {listed(again)}" if again else "; in none did it move again"
-    return f"The kernel became lazy in {listed(run.label for run in lazy)}{moved}."
+    moved = f"moved again in {listed(again)}" if again else "did not move again"
+    if len(again) == len(lazy):
+        moved = "moved again"
+    return f"The kernel became lazy in {listed(run.label for run in lazy)}; it {moved}."

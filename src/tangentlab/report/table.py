@@ -15,10 +15,10 @@ _ATTACKS = {"none": "clean_accuracy", "fgsm": "fgsm_accuracy", "pgd": "robust_ac
 
 @dataclass(frozen=True)
 class Accuracy:
-    """An accuracy as text, with what stands below it (interval and n, or "validation") and its settings."""
+    """An accuracy as text, with what stands below it (interval, n, or "validation") and its settings."""
 
     value: str
-    note: str = ""
+    notes: tuple[str, ...] = ()
     settings: str = ""
 
 
@@ -77,6 +77,12 @@ def what(run: Subject) -> str:
     return " · ".join(clean_text(part) for part in parts if part)
 
 
+def data_name(run: Subject) -> str:
+    """The data set, where the configuration names it."""
+    name = _named(run.record.config.get("data"))
+    return clean_text(name) if name else ""
+
+
 def progress(run: Subject) -> str:
     """How far the run came: "7.5 of 24 epochs"; steps where it counts no epochs."""
     status = run.record.status
@@ -118,12 +124,12 @@ def _tested(line: Mapping[str, Any] | None) -> Accuracy:
     if line is None or not isinstance(line.get("accuracy"), (int, float)):
         return Accuracy("–")
     low, high = line.get("interval") or (None, None)
-    interval = f"{100 * low:.1f}–{100 * high:.1f}, " if low is not None and high is not None else ""
+    interval = [f"{100 * low:.1f}–{100 * high:.1f}"] if low is not None and high is not None else []
     settings = ", ".join(f"{name} {_plain(value)}" for name, value in (line.get("settings") or {}).items())
     named = inputs_name(str(line.get("attack"))) if line.get("attack") != "none" else "no attack"
     return Accuracy(
         f"{line['accuracy']:.1%}",
-        f"{interval}n {line.get('n', '?')}",
+        (*interval, f"n {line.get('n', '?')}"),
         f"{named}: {settings}" if settings else "",
     )
 
@@ -136,7 +142,7 @@ def _validated(run: Subject, checkpoint: str) -> tuple[Accuracy, ...]:
     when = chosen.x[chosen.y.index(max(chosen.y))] if checkpoint == "best" else chosen.x[-1]
     curves = [run.curve(name) for name in _ATTACKS.values()]
     return tuple(
-        Accuracy(f"{curve.at_or_before(when):.1%}", "validation") if curve else Accuracy("–")
+        Accuracy(f"{curve.at_or_before(when):.1%}", ("validation",)) if curve else Accuracy("–")
         for curve in curves
     )
 

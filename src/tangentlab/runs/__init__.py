@@ -1,7 +1,8 @@
 """Runs: from a configuration to a folder with metrics, kernels, checkpoints and evaluations."""
 
-from tangentlab.runs.config import RunConfig, load_config, resolve, shipped_configs
+from tangentlab.runs.config import RunConfig
 from tangentlab.runs.evaluate import evaluate
+from tangentlab.runs.parsing import load_config, resolve, shipped_configs
 from tangentlab.runs.run import train
 
 __all__ = ["RunConfig", "evaluate", "load_config", "resolve", "shipped_configs", "train"]

@@ -14,7 +14,8 @@ from tangentlab.attacks import FGSM, PGD, Attack
 from tangentlab.errors import ConfigError, ModelError
 from tangentlab.models import Normalize, check_output, model_class
 from tangentlab.probes import KernelProbe
-from tangentlab.runs.config import FROM_DATA, RunConfig
+from tangentlab.runs.config import RunConfig
+from tangentlab.runs.parsing import FROM_DATA
 from tangentlab.training import SCHEDULES, TrainingState
 
 

@@ -45,13 +45,12 @@ class ProgressDisplay:
     def start(self, name: str, *, epochs: int, steps_per_epoch: int) -> None:
         """The run that the next steps belong to."""
         self._name, self._epochs, self._per_epoch = name, epochs, steps_per_epoch
-        self._task = self._bars.add_task(
-            name, total=epochs * steps_per_epoch, epoch=f"0/{epochs}", **dict.fromkeys(COLUMNS, "–")
-        )
+        blank: dict[str, Any] = dict.fromkeys(COLUMNS, "–")
+        self._task = self._bars.add_task(name, total=epochs * steps_per_epoch, epoch=f"0/{epochs}", **blank)
 
     def show(self, state: TrainingState, values: Mapping[str, Any]) -> None:
         """After each step; ``values`` are the newest of every recorded name."""
-        shown = {
+        shown: dict[str, Any] = {
             title: pattern.format(values[name]) if values.get(name) is not None else "–"
             for title, (name, pattern) in COLUMNS.items()
         }

@@ -17,7 +17,8 @@ from tangentlab.data import Split
 from tangentlab.errors import CheckpointError
 from tangentlab.records import Run, read_run
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, resolve_device
-from tangentlab.runs.config import RunConfig, resolve
+from tangentlab.runs.config import RunConfig
+from tangentlab.runs.parsing import resolve
 from tangentlab.training import load_weights
 
 CHECKPOINTS = ("best", "last")

@@ -31,7 +31,7 @@ from tangentlab.runs.build import (
     learning_rate,
     resolve_device,
 )
-from tangentlab.runs.config import RunConfig, build_method, resolve
+from tangentlab.runs.config import RunConfig
 from tangentlab.runs.evaluate import checkpoint_path, evaluate_checkpoints
 from tangentlab.runs.hooks import (
     Checkpointing,
@@ -44,6 +44,7 @@ from tangentlab.runs.hooks import (
     Showing,
     progress,
 )
+from tangentlab.runs.parsing import build_method, resolve
 from tangentlab.training import Step, StepHook, TrainingState, load_checkpoint
 from tangentlab.training import train as train_loop
 
@@ -254,7 +255,7 @@ def _how_to_resume(folder: Path) -> str:
 
 def _fabric(config: RunConfig) -> Any:
     from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     device = resolve_device(config.device)
     several = config.processes > 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tangentlab.report.figure import Axis, Finding, Line, State
+from tangentlab.report.figure import Axis, Finding, Line, Part, State
 from tangentlab.report.palette import inputs_name, style_of
 from tangentlab.report.subject import Curve, Subject
 
@@ -32,9 +32,9 @@ def all_inputs(runs: Sequence[Subject], metric: str) -> list[str]:
     return list(dict.fromkeys(inputs for run in runs for inputs in run.inputs_of(metric)))
 
 
-def conclude(look_for: str, sentences: Sequence[str], *, found: bool, missing: str) -> Finding:
+def conclude(look_for: str, said: Sequence[tuple[Subject, str]], *, found: bool, missing: str) -> Finding:
     """Put one run's words after another's; without any, say what is missing."""
-    if not sentences:
-        return Finding(look_for, "not recorded", (missing,))
+    if not said:
+        return Finding(look_for, "not recorded", (), missing)
     state: State = "found" if found else "not found"
-    return Finding(look_for, state, tuple(sentences))
+    return Finding(look_for, state, tuple(Part(run.label, run.place, text) for run, text in said))

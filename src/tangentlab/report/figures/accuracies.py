@@ -25,7 +25,7 @@ def accuracies(runs: Sequence[Subject]) -> Figure:
     )
     finding = conclude(
         "PGD accuracy that falls by half or more while FGSM accuracy stays: catastrophic overfitting",
-        [_sentence(run) for run in runs if run.records_collapse],
+        [(run, _sentence(run)) for run in runs if run.records_collapse],
         found=any(run.collapse for run in runs),
         missing="no run recorded both FGSM and PGD accuracy",
     )
@@ -57,9 +57,9 @@ def _sentence(run: Subject) -> str:
     robust, fgsm = run.curve("robust_accuracy"), run.curve("fgsm_accuracy")
     if run.collapse is None:
         best, last = max(robust.y), robust.y[-1]
-        return f"{run.label}: no collapse (PGD accuracy {best:.1%} at best, {last:.1%} at the end)"
+        return f"no collapse (PGD accuracy {best:.1%} at best, {last:.1%} at the end)"
     fall = run.collapse
     return (
-        f"{run.label}: collapse at {run.axis} {fall.epoch:.3g}, PGD accuracy down from "
+        f"collapse at {run.axis} {fall.epoch:.3g}, PGD accuracy down from "
         f"{fall.best_robust_accuracy:.1%} to {robust.y[-1]:.1%} at the end, FGSM accuracy {fgsm.y[-1]:.1%}"
     )

@@ -24,7 +24,7 @@ def distances(runs: Sequence[Subject]) -> Figure:
     panels = [(inputs, run, panel) for run in runs for inputs, panel in _maps(run)]
     kinds = list(dict.fromkeys(inputs for inputs, _, _ in panels))
     views = tuple(
-        View(f"{inputs_name(inputs)} inputs", tuple(panel for kind, _, panel in panels if kind == inputs))
+        View(inputs_name(inputs), tuple(panel for kind, _, panel in panels if kind == inputs))
         for inputs in kinds
     )
     first = [(run, panel) for kind, run, panel in panels if kind == kinds[0]]
@@ -36,7 +36,7 @@ def distances(runs: Sequence[Subject]) -> Figure:
         "kernel. The scale is the same in all maps.",
         finding=conclude(
             "a block in the upper right corner, a kernel that has settled",
-            [_sentence(run, panel) for run, panel in first],
+            [(run, _sentence(run, panel)) for run, panel in first],
             found=any(_late(panel) <= _SETTLED * panel.frames[0][0][-1] for _, panel in first),
             missing="no run kept two snapshots of its kernels",
         ),
@@ -98,6 +98,6 @@ def _sentence(run: Subject, panel: MatrixPanel) -> str:
     sharpest = max(range(len(jumps)), key=jumps.__getitem__)
     when = f"{run.axis} {panel.x[sharpest]:.3g} to {panel.x[sharpest + 1]:.3g}"
     return (
-        f"{run.label}: distance {number(frame[0][-1])} from first to last, over the last third "
+        f"distance {number(frame[0][-1])} from first to last, over the last third "
         f"{number(_late(panel))}; largest between neighbours {number(jumps[sharpest])}, {when}"
     )

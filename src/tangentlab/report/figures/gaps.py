@@ -20,7 +20,7 @@ def gaps(runs: Sequence[Subject]) -> Figure:
         "(catastrophic overfitting).",
         finding=conclude(
             "the FGSM-to-PGD line rising for good, and whether it does so before robust accuracy falls",
-            [sentence for run in runs if (sentence := parting_sentence(run))],
+            [(run, said) for run in runs if (said := _sentence(run))],
             found=any(run.parting is not None for run in runs),
             missing="no run recorded the distance between its FGSM and PGD kernels",
         ),
@@ -28,7 +28,7 @@ def gaps(runs: Sequence[Subject]) -> Figure:
     )
 
 
-def parting_sentence(run: Subject) -> str:
+def _sentence(run: Subject) -> str:
     """When the kernels parted and robust accuracy fell, in words; "" where the kernels were not recorded."""
     gap = run.kernel_curve("fgsm~pgd", "distance")
     if not gap:
@@ -43,7 +43,7 @@ def parting_sentence(run: Subject) -> str:
     elif run.records_collapse:
         robust = "robust accuracy did not fall"
     order = f", {_order(parted, fell, run.axis)}" if parted is not None and fell is not None else ""
-    return f"{run.label}: {kernels}, {robust}{order} (FGSM-to-PGD distance {number(max(gap.y))} at most)"
+    return f"{kernels}, {robust}{order} (FGSM-to-PGD distance {number(max(gap.y))} at most)"
 
 
 def _order(parted: float, fell: float, axis: str) -> str:

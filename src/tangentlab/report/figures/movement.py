@@ -23,7 +23,7 @@ def movement(runs: Sequence[Subject]) -> Figure:
         "network. Crafted once: the PGD examples of the first snapshot are kept, only the network moves.",
         finding=conclude(
             f"a gap between the lines of {_PART:.0%} or more at the end: movement that is the inputs' own",
-            [_sentence(run) for run in both],
+            [(run, _sentence(run)) for run in both],
             found=any(abs(_inputs_part(run)) >= _PART for run in both),
             missing="no run kept a set of inputs crafted once",
         ),
@@ -53,6 +53,6 @@ def _inputs_part(run: Subject) -> float:
 def _sentence(run: Subject) -> str:
     anew, once = _curve(run, _ANEW).y[-1], _curve(run, _ONCE).y[-1]
     return (
-        f"{run.label}: {number(anew)} with inputs crafted anew, {number(once)} with inputs crafted once, "
+        f"{number(anew)} with inputs crafted anew, {number(once)} with inputs crafted once, "
         f"so {_inputs_part(run):.0%} of the distance is the inputs' own"
     )

@@ -31,7 +31,7 @@ def ranks(runs: Sequence[Subject]) -> Figure:
         "per class kernel, then averaged.",
         finding=conclude(
             f"a rank that changes by a factor of {_FACTOR} or more between the first snapshot and the last",
-            [_sentence(run, metric) for run in ranked],
+            [(run, _sentence(run, metric)) for run in ranked],
             found=any(
                 not 1 / _FACTOR < _change(run, inputs, metric) < _FACTOR
                 for run in ranked
@@ -67,4 +67,4 @@ def _sentence(run: Subject, metric: str) -> str:
         for inputs in run.inputs_of(metric)
         if inputs != "pgd-once" and (y := run.kernel_curve(inputs, metric).y)
     ]
-    return f"{run.label}: {_MEASURES[metric]} {', '.join(changes)}"
+    return f"{_MEASURES[metric]} {', '.join(changes)}"

@@ -39,7 +39,7 @@ def specialization(runs: Sequence[Subject]) -> Figure:
     shown = [film for film in films if film.inputs == kinds[0]]
     views = (
         View(
-            f"{inputs_name(inputs)} inputs",
+            inputs_name(inputs),
             (
                 *(_matrix(film, slider) for film in films if film.inputs == inputs and slider),
                 *_scalars(runs, inputs),
@@ -55,7 +55,7 @@ def specialization(runs: Sequence[Subject]) -> Figure:
         "scalar is the diagonal's mean: 1 without specialization, the number of classes when complete.",
         finding=conclude(
             "a bright diagonal, class kernels that each align with their own class",
-            [_sentence(film) for film in shown],
+            [(film.run, _sentence(film)) for film in shown],
             found=any(_on_diagonal(film.frames[-1]) > len(film.frames[-1]) / 2 for film in shown),
             missing="no run recorded a specialization matrix",
         ),
@@ -140,6 +140,6 @@ def _on_diagonal(frame: Matrix) -> int:
 def _sentence(film: _Film) -> str:
     first, last = film.frames[0], film.frames[-1]
     return (
-        f"{film.run.label}: {_on_diagonal(last)} of {len(last)} class kernels align best with their own "
+        f"{_on_diagonal(last)} of {len(last)} class kernels align best with their own "
         f"class at the end, {_on_diagonal(first)} at the start"
     )

@@ -23,7 +23,7 @@ def spectrum(runs: Sequence[Subject]) -> Figure:
     ]
     views = tuple(
         View(
-            f"{inputs_name(inputs)} inputs",
+            inputs_name(inputs),
             tuple(_panel(run, curves[run.place, inputs]) for run in runs if (run.place, inputs) in curves),
         )
         for inputs in kinds
@@ -88,8 +88,8 @@ def _shares(curves: Sequence[Curve]) -> tuple[float, float]:
 
 def _sentences(
     runs: Sequence[Subject], shares: Sequence[tuple[Subject, str, tuple[float, float]]]
-) -> list[str]:
-    sentences = []
+) -> list[tuple[Subject, str]]:
+    said = []
     for run in runs:
         own = [
             f"{first:.0%} to {last:.0%} on {inputs_name(inputs)}"
@@ -97,5 +97,5 @@ def _sentences(
             if subject is run and inputs != "pgd-once"
         ]
         if own:
-            sentences.append(f"{run.label}: share of the largest {', '.join(own)}")
-    return sentences
+            said.append((run, f"share of the largest {', '.join(own)}"))
+    return said

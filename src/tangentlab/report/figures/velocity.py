@@ -23,7 +23,7 @@ def velocity(runs: Sequence[Subject]) -> Figure:
         "kernel look lazy.",
         finding=conclude(
             "a fast start, a lazy stage in which the kernel hardly moves, and movement again",
-            [_sentence(run) for run in moving],
+            [(run, _sentence(run)) for run in moving],
             found=any(run.stages and run.stages.lazy for run in moving),
             missing="no run recorded a kernel velocity",
         ),
@@ -58,4 +58,4 @@ def _spans(run: Subject) -> tuple[Span, ...]:
 
 def _sentence(run: Subject) -> str:
     said = run.stages.describe(run.axis) if run.stages else ""
-    return f"{run.label}: {said[:1].lower()}{said[1:].rstrip('.')}"
+    return f"{said[:1].lower()}{said[1:].rstrip('.')}"

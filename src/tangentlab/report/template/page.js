@@ -60,7 +60,7 @@
   for (const button of document.querySelectorAll(".segments button"))
     button.addEventListener("click", () => {
       const figure = figureOf(button);
-      for (const other of button.parentElement.children) other.setAttribute("aria-pressed", other === button);
+      for (const other of figure.querySelectorAll(".segments button")) other.setAttribute("aria-pressed", other === button);
       for (const panels of figure.querySelectorAll(".panels")) panels.hidden = panels.dataset.view !== button.dataset.view;
       plotsOf(figure).filter(drawable).forEach(draw);
     });
@@ -126,5 +126,5 @@
     },
     { rootMargin: "-20% 0px -75% 0px" },
   );
-  for (const id of links.keys()) reading.observe(document.getElementById(id));
+  for (const section of document.querySelectorAll("section")) reading.observe(section);
 })();

@@ -1,0 +1,135 @@
+"""The page in headless Chromium: laptop and phone, light and dark, offline, every control."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from planted import Report
+
+sync_api = pytest.importorskip("playwright.sync_api")
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+SCREENS = {"laptop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail(
+                "no Chromium found, and in CI the page must be opened; looked for chromium, google-chrome"
+            )
+        pytest.skip("no Chromium found")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(screen, scheme) for screen in SCREENS for scheme in ("light", "dark")], ids="-".join)
+def page(
+    request: pytest.FixtureRequest, browser: sync_api.Browser, report: Report
+) -> Iterator[sync_api.Page]:
+    """The open page; afterwards, nothing may have been logged, thrown or asked for."""
+    screen, scheme = request.param
+    context = browser.new_context(
+        viewport=SCREENS[screen],
+        color_scheme=scheme,
+        has_touch=screen == "phone",
+        is_mobile=screen == "phone",
+    )
+    page = context.new_page()
+    wrong: list[str] = []
+    url = report.html.resolve().as_uri()
+    page.on("console", lambda message: wrong.append(f"console {message.type}: {message.text}"))
+    page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+    page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
+    page.on(
+        "request",
+        lambda request: (
+            None
+            if request.url.startswith((url, "data:", "blob:"))
+            else wrong.append(f"request: {request.url}")
+        ),
+    )
+    page.goto(url)
+    yield page
+    context.close()
+    assert wrong == []
+
+
+def _undrawn(page: sync_api.Page) -> int:
+    """Plots in view without a drawing of some size, after scrolling past all of them."""
+    page.evaluate(
+        """async () => {
+            for (const plot of document.querySelectorAll(".plot")) {
+                plot.scrollIntoView({ behavior: "instant", block: "center" });
+                await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+            }
+        }"""
+    )
+    page.wait_for_timeout(100)
+    return page.evaluate(
+        """() => [...document.querySelectorAll(".plot")].filter((plot) => {
+            if (plot.closest("[hidden]")) return false;
+            const box = plot.querySelector("svg.main-svg")?.getBoundingClientRect();
+            const inked = plot.querySelector(".scatterlayer path, .heatmaplayer image");
+            return !box || box.width < 50 || box.height < 50 || !inked;
+        }).length"""
+    )
+
+
+def test_page_draws_reacts_and_fits(page: sync_api.Page, report: Report) -> None:
+    assert page.title() == "4 runs on digits – tangentlab report"
+    assert _undrawn(page) == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+
+    # The slider moves every map, its moment and the cursor of the curve beside it.
+    figure = page.locator("#specialization")
+    heat = "document.querySelector('#specialization .plot').data[0].z[0][0]"
+    last = page.evaluate(heat)
+    figure.locator("input[type=range]").fill("0")
+    assert figure.locator("output").inner_text() == "0"
+    assert figure.locator(".moment").first.inner_text() == "epoch 0"
+    assert page.evaluate(heat) != last
+    cursor = "document.querySelector('#specialization .plot.lines').layout.shapes.at(-1).x0"
+    assert page.evaluate(cursor) == 0
+
+    # The selector shows other inputs, drawn.
+    button = figure.get_by_role("button", name="PGD", exact=True)
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    assert figure.locator(".panels:visible").get_attribute("data-view") == "2"
+    assert _undrawn(page) == 0
+
+    # The legend hides a line in all panels.
+    page.locator("#ranks .legend button").first.click()
+    shown = (
+        "[...document.querySelectorAll('#ranks .panels:not([hidden]) .plot')].map((p) => p.data[0].visible)"
+    )
+    assert page.evaluate(shown) == [False] * 4
+
+    # The other theme: the page and the plots change their colours, and change back.
+    line = "document.querySelector('#accuracies .plot').data[0].line.color"
+    ground = "getComputedStyle(document.body).backgroundColor"
+    before = page.evaluate(f"[{line}, {ground}]")
+    page.locator("#theme").click()
+    after = page.evaluate(f"[{line}, {ground}]")
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+    page.locator("#theme").click()
+    assert page.evaluate(f"[{line}, {ground}]") == before
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
