@@ -57,6 +57,13 @@ def unknown_choice(what: str, value: object, choices: Iterable[str]) -> str:
     "norm 'l3' is unknown; did you mean 'l2'? Choose from 'linf', 'l2'"
     """
     names = list(choices)
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? Choose" if near else "choose"
+    near = nearest(str(value), names)
+    hint = f"did you mean {near!r}? Choose" if near else "choose"
     return f"{what} {value!r} is unknown; {hint} from {', '.join(repr(name) for name in names)}"
+
+
+def nearest(value: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant: one that begins as the value does, else one spelt like it."""
+    known = list(names)
+    begins = [name for name in known if value.startswith(name) or (value and name.startswith(value))]
+    return next(iter(begins or difflib.get_close_matches(value, known, n=1)), None)

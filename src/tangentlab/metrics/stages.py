@@ -137,7 +137,8 @@ def find_stages(times: Curve, velocity: Curve, *, credibility: float = 0.9) -> S
     BIC with n (1 − φ)/(1 + φ) points, φ the autocorrelation of the residuals.
 
     A learning rate that decays makes a velocity per step decline too: pass the angle per unit of summed
-    learning rate beside it, and compare. A warm-up, which starts slow, looks like learning again.
+    learning rate beside it, and compare. A warm-up, or a drop of the learning rate halfway, follows none of
+    these curves and leaves the question open: pass the part before or after it.
 
     Args:
         times: end points [n] of the intervals over which velocity was taken, in epochs or steps since the

@@ -189,6 +189,15 @@ def y_limits(figure: Figure, panel: LinePanel) -> tuple[float, float]:
     return low - air, high + air
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks 1, 2, 5, 10 … of an axis below two decades, where powers of ten are too few; else none."""
+    if high / low >= 100:
+        return []
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
 def value_limits(figure: Figure) -> tuple[float, float]:
     """Smallest and largest entry of all matrices of a figure."""
     values = [

@@ -18,6 +18,7 @@ from tangentlab.report.figure import (
     MatrixPanel,
     Panel,
     Span,
+    log_ticks,
     value_limits,
     x_limits,
     y_limits,
@@ -53,7 +54,12 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
     layout = _layout(panel.x_axis, panel.y_axis, top=8 + _ROW * rows)
     layout["xaxis"]["range"] = [low, high]
     if panel.y_axis.log:
-        layout["yaxis"] |= _log_ticks(*y_range)
+        ticks = log_ticks(*y_range)
+        # plotly draws powers larger than other labels.
+        powers = {"dtick": 1, "exponentformat": "power", "tickfont": {"size": 10}}
+        layout["yaxis"] |= (
+            {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]} if ticks else powers
+        )
         y_range = [math.log10(y) for y in y_range]
     layout["yaxis"]["range"] = y_range
     layout["hovermode"] = "x unified"
@@ -175,17 +181,6 @@ def _axis(axis: Axis) -> Spec:
     if axis.percent:
         spec |= {"tickformat": ".0%"}
     return spec
-
-
-def _log_ticks(low: float, high: float) -> Spec:
-    """Powers of ten; below two decades they are too few, and 2 and 5 stand between them."""
-    if high / low >= 100:
-        # plotly draws powers larger than other labels.
-        return {"dtick": 1, "exponentformat": "power", "tickfont": {"size": 10}}
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    return {"tickvals": ticks, "ticktext": [f"{tick:.3g}" for tick in ticks]}
 
 
 def _rounded(value: float) -> float | None:

@@ -38,12 +38,11 @@ _STYLES: dict[str, Style] = {
     "clean": "solid",
     "fgsm": "dash",
     "pgd": "dot",
-    "pgd-once": "dashdot",
     "clean~fgsm": "dash",
     "clean~pgd": "dot",
     "fgsm~pgd": "solid",
 }
-_NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "pgd-once": "PGD crafted once"}
+_NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD"}
 
 
 def run_colour(place: int) -> str:

@@ -28,6 +28,7 @@ from tangentlab.report.figure import (
     MatrixPanel,
     Panel,
     legend,
+    log_ticks,
     stages_in,
     value_limits,
     x_limits,
@@ -180,9 +181,8 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
             markersize=2.5,
             alpha=line.opacity,
         )
-    _set_scale(axes, panel.y_axis)
     axes.set_xlim(x_limits(figure, panel))
-    axes.set_ylim(y_limits(figure, panel))
+    _set_scale(axes, panel.y_axis, y_limits(figure, panel))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
@@ -221,7 +221,7 @@ def _draw_matrix(axes: Axes, figure: Figure, panel: MatrixPanel) -> Any:
         vmax=high,
         rasterized=True,  # a hundred snapshots are ten thousand rectangles
     )
-    axes.set_aspect("equal")
+    axes.set_aspect("equal", anchor="NW")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=panel.row_zero_on_top))
     if panel.row_zero_on_top:
@@ -230,9 +230,14 @@ def _draw_matrix(axes: Axes, figure: Figure, panel: MatrixPanel) -> Any:
     return image
 
 
-def _set_scale(axes: Axes, axis: Axis) -> None:
+def _set_scale(axes: Axes, axis: Axis, limits: tuple[float, float]) -> None:
     if axis.log:
         axes.set_yscale("log")
+        ticks = log_ticks(*limits)
+        if ticks:
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_yticks([], minor=True)
+    axes.set_ylim(limits)
     if axis.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 

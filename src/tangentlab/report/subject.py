@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,8 @@ from tangentlab.records import RunRecord
 
 _KERNEL_NAME = re.compile(r"kernel/([^/]+)/([^/]+)/([^/]+)")
 _KINDS = ("class", "trace")
-_INPUTS = ("clean", "fgsm", "pgd", "pgd-once")
+_INPUTS = ("clean", "fgsm", "pgd")
+_ONCE = "-once"  # ends the name of inputs that were crafted at the first snapshot and kept
 _LONGEST_LABEL = 40
 
 
@@ -82,11 +83,8 @@ class Subject:
         return "" if kind is None else f"kernel/{inputs}/{kind}/{metric}"
 
     def inputs_of(self, metric: str) -> list[str]:
-        """Kinds of inputs (or pairs "a~b") on which a kernel metric was recorded, clean first."""
-        found = [inputs for inputs, name in self._kernel_names if name == metric]
-        return sorted(
-            found, key=lambda name: (_INPUTS.index(name) if name in _INPUTS else len(_INPUTS), name)
-        )
+        """Kinds of inputs (or pairs "a~b") on which a kernel metric was recorded, in the order of the page."""
+        return ordered_inputs(inputs for inputs, name in self._kernel_names if name == metric)
 
     @cached_property
     def _kernel_names(self) -> dict[tuple[str, str], list[str]]:
@@ -184,6 +182,15 @@ def subjects(records: Sequence[RunRecord]) -> list[Subject]:
         # A suffix that tells nothing apart stays away.
         labels = named if len(set(named)) > len(set(labels)) else labels
     return [Subject(record, place, labels[place]) for place, record in enumerate(records)]
+
+
+def ordered_inputs(names: Iterable[str]) -> list[str]:
+    """Kinds of inputs, clean first.
+
+    Inputs crafted once stay away: they tell the kernel's movement from its inputs', nothing else.
+    """
+    kept = {name for name in names if not name.endswith(_ONCE)}
+    return sorted(kept, key=lambda name: (_INPUTS.index(name) if name in _INPUTS else len(_INPUTS), name))
 
 
 def clean_text(text: str) -> str:

@@ -23,7 +23,9 @@ def _runs(runs: Sequence[Subject]) -> str:
         else ""
     )
     if not unfinished:
-        return "The run is finished." if len(runs) == 1 else f"All {len(runs)} runs are finished."
+        return {1: "The run is finished.", 2: "Both runs are finished."}.get(
+            len(runs), f"All {len(runs)} runs are finished."
+        )
     if len(unfinished) == len(runs):
         return f"Not finished: {named}."
     return f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished; not finished: {named}."

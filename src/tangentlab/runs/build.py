@@ -107,6 +107,11 @@ def build_probe(config: RunConfig, examples: Examples) -> KernelProbe | None:
     """The probe on class-balanced training examples: clean, FGSM and PGD inputs; None for size 0."""
     if not config.probe.size:
         return None
+    if config.probe.size < examples.dataset.num_classes:
+        raise ConfigError(
+            f"probe.size={config.probe.size} is out of range; an example for each of the "
+            f"{examples.dataset.num_classes} classes, or 0 for no probe"
+        )
     index = data.class_balanced(examples.train.labels, config.probe.size, seed=config.seed)
     attacks: Mapping[str, Attack | None] = {
         "clean": None,

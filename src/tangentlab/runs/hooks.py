@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tangentlab.attacks import FGSM
 from tangentlab.data import Split
-from tangentlab.errors import InterruptedRunError
+from tangentlab.errors import InterruptedRunError, KernelError
 from tangentlab.probes import KernelProbe
 from tangentlab.records import Run
 from tangentlab.runs.build import build_attack
@@ -79,6 +79,7 @@ class Evaluation:
     def __call__(self, state: TrainingState) -> None:
         if state.step % self.every and state.step != self.steps:
             return
+        check_parameters(state)
         with timed(state, "evaluation"):
             device = state.loss_sum.device
             attacks = {
@@ -94,7 +95,6 @@ class Evaluation:
             self.log.write(state.step, {**values, "examples": len(self.split)})
             # The untrained network is on the curve, but is no candidate.
             if state.step and values["robust_accuracy"] > self.best.get("robust_accuracy", -1.0):
-                check_parameters(state)
                 self.best = {"step": state.step, "epoch": self.log.epoch(state.step), **values}
                 save_weights(checkpoint_path(self.log.run.folder, "best"), state, self.best)
 
@@ -110,10 +110,14 @@ class Probing:
     def __call__(self, state: TrainingState) -> None:
         if state.step % self.every:
             return
+        check_parameters(state)
         with timed(state, "probe"):
-            measurement = self.probe.measure(
-                state.model, state.step, summed_learning_rate=state.summed_learning_rate
-            )
+            try:
+                measurement = self.probe.measure(
+                    state.model, state.step, summed_learning_rate=state.summed_learning_rate
+                )
+            except KernelError as error:
+                raise KernelError(f"{error}, at step {state.step}; training stops") from error
             values = {"epoch": self.log.epoch(state.step), **measurement.values}
             self.log.run.write(type(measurement)(state.step, values, measurement.kernels))
             self.log.newest.update(measurement.values)

@@ -7,7 +7,6 @@ resolved configuration reruns the run.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from tangentlab.errors import ConfigError, TangentlabError, unknown_choice
+from tangentlab.errors import ConfigError, TangentlabError, nearest, unknown_choice
 from tangentlab.models import model_class
 from tangentlab.records import SCHEMA
 from tangentlab.runs.config import RunConfig
@@ -234,9 +233,10 @@ def _check_keys(values: Mapping[str, Any], known: Sequence[str]) -> None:
         if key in known or any(key.startswith(f"{name}.") for name in known):
             continue
         siblings = [name for name in known if name.rpartition(".")[0] == group]
-        near = difflib.get_close_matches(key, known, n=1)
-        choices = siblings if siblings and (not near or near[0] in siblings) else near
-        raise ConfigError(unknown_choice("setting", key, choices or known))
+        near = nearest(key, siblings) or nearest(key, known)
+        if siblings or near is None:
+            raise ConfigError(unknown_choice("setting", key, siblings or known))
+        raise ConfigError(f"setting {key!r} is unknown; did you mean {near!r}?")
 
 
 def _ratios(value: Any) -> Any:

@@ -11,7 +11,7 @@ from tangentlab.metrics import distance_matrix
 from tangentlab.report.figure import Figure, Matrix, MatrixPanel, View, evenly, number
 from tangentlab.report.figures._common import conclude, time_axis
 from tangentlab.report.palette import inputs_name
-from tangentlab.report.subject import Subject
+from tangentlab.report.subject import Subject, ordered_inputs
 
 # Keeps a map's share of the page below 100 kB and one run's kernels of one kind in memory.
 _MOST_SNAPSHOTS = 80
@@ -52,9 +52,9 @@ def _maps(run: Subject) -> list[tuple[str, MatrixPanel]]:
     steps = [steps[place] for place in evenly(len(steps), _MOST_SNAPSHOTS)]
     names = list(run.record.kernels(steps[-1]))
     chosen = {name.split("/")[0]: name for name in sorted(names, reverse=True)}  # class before trace
-    order = [inputs for inputs in run.inputs_of("distance_from_first") if inputs in chosen]
-    order += [inputs for inputs in chosen if inputs not in order]
-    return [(inputs, panel) for inputs in order if (panel := _map(run, chosen[inputs], steps))]
+    return [
+        (inputs, panel) for inputs in ordered_inputs(chosen) if (panel := _map(run, chosen[inputs], steps))
+    ]
 
 
 def _map(run: Subject, name: str, steps: Sequence[int]) -> MatrixPanel | None:

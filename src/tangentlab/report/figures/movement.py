@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tangentlab.report.figure import Axis, Figure, LinePanel, View, number
-from tangentlab.report.figures._common import conclude, line_of, time_axis
+from tangentlab.report.figure import Axis, Figure, Line, LinePanel, Style, View, number
+from tangentlab.report.figures._common import conclude, time_axis
 from tangentlab.report.subject import Curve, Subject
 
 _ANEW, _ONCE = "pgd", "pgd-once"
@@ -40,9 +40,14 @@ def _panel(run: Subject) -> LinePanel:
         title=run.label,
         x_axis=time_axis(run.axis),
         y_axis=Axis("kernel distance from the first"),
-        lines=tuple(line_of(run, inputs, _curve(run, inputs)) for inputs in (_ANEW, _ONCE)),
+        lines=(_line(run, _ANEW, "PGD crafted anew", "solid"), _line(run, _ONCE, "PGD crafted once", "dash")),
         colour=run.place,
     )
+
+
+def _line(run: Subject, inputs: str, name: str, style: Style) -> Line:
+    curve = _curve(run, inputs)
+    return Line(name, curve.x, curve.y, run.place, style)
 
 
 def _inputs_part(run: Subject) -> float:

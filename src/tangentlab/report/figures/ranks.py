@@ -65,6 +65,6 @@ def _sentence(run: Subject, metric: str) -> str:
     changes = [
         f"{y[0]:.3g} to {y[-1]:.3g} on {inputs_name(inputs)}"
         for inputs in run.inputs_of(metric)
-        if inputs != "pgd-once" and (y := run.kernel_curve(inputs, metric).y)
+        if (y := run.kernel_curve(inputs, metric).y)
     ]
     return f"{_MEASURES[metric]} {', '.join(changes)}"

@@ -94,7 +94,7 @@ def _sentences(
         own = [
             f"{first:.0%} to {last:.0%} on {inputs_name(inputs)}"
             for subject, inputs, (first, last) in shares
-            if subject is run and inputs != "pgd-once"
+            if subject is run
         ]
         if own:
             said.append((run, f"share of the largest {', '.join(own)}"))
