@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+import authors as authors_module
 from tangentlab.runs import RunConfig, load_config
-
-TINY = [
-    "--data.train_size=120",
-    "--data.validation_size=60",
-    "--training.epochs=3",
-    "--training.batch_size=40",
-    "--model.widths=[4,4]",
-    "--model.strides=[2,2]",
-    "--method.num_steps=2",
-    "--evaluation.num_steps=2",
-    "--evaluation.test_num_steps=2",
-    "--evaluation.test_size=50",
-    "--probe.size=20",
-    "--probe.num_steps=2",
-]
+from tiny import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +33,9 @@ def tiny_config() -> Callable[..., RunConfig]:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
+
+
+@pytest.fixture
+def authors() -> ModuleType:
+    """Writers of the data sets' layouts."""
+    return authors_module

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import gzip
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import yaml
 
-from conftest import TINY
 from tangentlab.cli import main
 from tangentlab.records import read_run
 from tangentlab.runs import load_config, shipped_configs
+from tiny import TINY
 
 Fails = Callable[..., str]
 
@@ -110,23 +111,18 @@ def test_bad_configuration_files(fails: Fails, tmp_path: Path, content: str | No
     assert message in fails("train", tmp_path / "c.yaml")
 
 
-def idx(path: Path, array_shape: tuple[int, ...], data: bytes) -> None:
-    header = bytes([0, 0, 8, len(array_shape)]) + struct.pack(f">{len(array_shape)}I", *array_shape)
-    path.write_bytes(gzip.compress(header + data))
-
-
 @pytest.mark.parametrize("damage", ["missing", "truncated", "label"])
-def test_bad_data(fails: Fails, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_data(
+    fails: Fails, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch, authors: ModuleType
+) -> None:
     # No network: what downloads must say so at once.
     monkeypatch.setattr("urllib.request.urlopen", _refuse)
     folder = tmp_path / "data" / "MNIST"
-    folder.mkdir(parents=True)
-    for name, n in (("train", 200), ("t10k", 50)):
-        labels = [i % 10 for i in range(n)]
-        if damage == "label" and name == "train":
-            labels[7] = 12
-        idx(folder / f"{name}-images-idx3-ubyte.gz", (n, 28, 28), bytes(n * 784))
-        idx(folder / f"{name}-labels-idx1-ubyte.gz", (n,), bytes(labels))
+    authors.write_idx(folder, train=200, test=50)
+    if damage == "label":
+        labels = np.arange(200) % 10
+        labels[7] = 12
+        (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(authors.idx(labels)))
     target = folder / "train-images-idx3-ubyte.gz"
     if damage == "missing":
         target.unlink()

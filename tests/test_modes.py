@@ -28,7 +28,7 @@ def test_preserved_restores_modes_buffers_gradients_and_flags() -> None:
     before = snapshot(model)
     grad = torch.ones_like(model[0].weight)
     model[0].weight.grad = grad
-    with pytest.raises(ZeroDivisionError), modes.preserved(model):
+    with pytest.raises(ZeroDivisionError), modes.preserved(model):  # noqa: PT012
         model.train()
         model(torch.randn(8, 4)).sum().backward(inputs=[model[3].weight])
         model[0].weight.grad = None

@@ -71,24 +71,28 @@ def page(
     assert wrong == []
 
 
-def _undrawn(page: sync_api.Page) -> int:
-    """Plots in view without a drawing of some size, after scrolling past all of them."""
+def _undrawn(page: sync_api.Page, within: str = "body") -> int:
+    """Plots of the views shown without a drawing of some size, after scrolling past all of them."""
     page.evaluate(
-        """async () => {
-            for (const plot of document.querySelectorAll(".plot")) {
+        """async (within) => {
+            for (const plot of document.querySelectorAll(`${within} .panels:not([hidden]) .plot`)) {
                 plot.scrollIntoView({ behavior: "instant", block: "center" });
                 await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
             }
-        }"""
+        }""",
+        within,
     )
     page.wait_for_timeout(100)
     return page.evaluate(
-        """() => [...document.querySelectorAll(".plot")].filter((plot) => {
-            if (plot.closest("[hidden]")) return false;
+        """(within) => {
+          const plots = [...document.querySelectorAll(`${within} .panels:not([hidden]) .plot`)];
+          return plots.filter((plot) => {
             const box = plot.querySelector("svg.main-svg")?.getBoundingClientRect();
             const inked = plot.querySelector(".scatterlayer path, .heatmaplayer image");
             return !box || box.width < 50 || box.height < 50 || !inked;
-        }).length"""
+          }).length;
+        }""",
+        within,
     )
 
 
@@ -113,7 +117,7 @@ def test_page_draws_reacts_and_fits(page: sync_api.Page, report: Report) -> None
     button.click()
     assert button.get_attribute("aria-pressed") == "true"
     assert figure.locator(".panels:visible").get_attribute("data-view") == "2"
-    assert _undrawn(page) == 0
+    assert _undrawn(page, "#specialization") == 0
 
     # The legend hides a line in all panels.
     page.locator("#ranks .legend button").first.click()

@@ -159,7 +159,7 @@ def test_movement_compares_inputs_crafted_anew_and_once(report: Report) -> None:
     panel = figure.views[0].panels[1]
     assert isinstance(panel, LinePanel)
     anew, once = (line.y[-1] for line in panel.lines)
-    assert f"{(anew - once) / anew:.0%} of the distance is the inputs' own" in _said(figure, "fgsm")
+    assert f"({100 * (once / anew - 1):+.0f}%)" in _said(figure, "fgsm")
 
 
 def test_what_is_not_recorded_is_said(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_what_is_not_recorded_is_said(tmp_path: Path) -> None:
         figure = make(runs)
         assert figure.views == ()
         assert figure.finding.state == "not recorded"
-        assert figure.finding.text
+        assert figure.finding.missing
 
 
 def test_a_foreign_run_over_steps(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_names_from_a_run_folder_stay_text(tmp_path: Path) -> None:
                 "robust_accuracy": 0.1,
             }
             run.write(Measurement(step, values))
-        run.write_status(state="failed", step=9, message=EVIL)
+        run.write_status(state="failed", step=9, message=EVIL + "\ud800")
     html = write_report([tmp_path / "evil"], tmp_path / "report.html").read_text()
     assert "<script>alert" not in html
     assert "<img" not in html.split("* plotly.js v")[0]

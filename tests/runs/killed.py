@@ -35,7 +35,7 @@ OPERATIONS = ("fsync", "replace", "write", "ftruncate", "unlink")
 def start(
     config: RunConfig, folder: Path, *, operation: int | None = None, counter: Any = None
 ) -> BaseProcess:
-    """Start ``train(config, folder, resume=True)`` in a child that kills itself at its k-th file operation."""
+    """Start ``train(config, folder, resume=True)`` in a child that is killed at its k-th file operation."""
     child = context.Process(target=_child, args=(config.to_dict(), str(folder), operation, counter))
     child.start()
     return child

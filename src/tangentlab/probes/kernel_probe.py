@@ -102,6 +102,10 @@ class KernelProbe:
         values: dict[str, Any] = {}
         kernels: dict[str, Tensor] = {}
         for name, points in crafted.items():
+            twin = name.removesuffix("-once")
+            if twin != name and not self._previous:  # at the first snapshot the two are the same
+                kernels |= {f"{name}/{kind}": kernels[f"{twin}/{kind}"] for kind in self.kinds}
+                continue
             class_kernels = ntk(model, points, kind="class", memory=self.memory)
             for kind in self.kinds:
                 kernel = class_kernels if kind == "class" else class_kernels.mean(dim=0)

@@ -140,11 +140,6 @@ class Finding:
     parts: tuple[Part, ...]
     missing: str = ""
 
-    @property
-    def text(self) -> str:
-        """The finding as one sentence."""
-        return "; ".join(f"{part.run}: {part.text}" for part in self.parts) or self.missing
-
 
 @dataclass(frozen=True)
 class Figure:

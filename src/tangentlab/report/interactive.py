@@ -63,6 +63,7 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
         y_range = [math.log10(y) for y in y_range]
     layout["yaxis"]["range"] = y_range
     layout["hovermode"] = "x unified"
+    layout["xaxis"] |= {"showspikes": False, "unifiedhovertitle": {"text": f"{panel.x_axis.unit} %{{x}}"}}
     layout["shapes"] = [_shaded(span) for span in panel.spans] + [
         {
             "type": "line", "xref": "x", "yref": "paper", "x0": mark.x, "x1": mark.x, "y0": 0, "y1": 1,

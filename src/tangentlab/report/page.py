@@ -41,7 +41,7 @@ def write_page(runs: Sequence[Path], out: Path) -> Path:
     for figure in figures:
         if figure.views:
             write_paper_figure(figure, out.parent / _FOLDER)
-    write_atomic(out, _render(subjects_, figures).encode())
+    write_atomic(out, _render(subjects_, figures).encode(errors="replace"))  # a name may hold half a pair
     return out
 
 

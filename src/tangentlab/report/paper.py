@@ -243,7 +243,7 @@ def _set_scale(axes: Axes, axis: Axis, limits: tuple[float, float]) -> None:
 
 
 def _legend_columns(width: float) -> int:
-    return 2 if width < _PAGE else 5
+    return 2 if width < _PAGE else 6
 
 
 def _legend_handles(figure: Figure) -> list[Any]:

@@ -83,7 +83,7 @@ class Subject:
         return "" if kind is None else f"kernel/{inputs}/{kind}/{metric}"
 
     def inputs_of(self, metric: str) -> list[str]:
-        """Kinds of inputs (or pairs "a~b") on which a kernel metric was recorded, in the order of the page."""
+        """Kinds of inputs (or pairs "a~b") on which a kernel metric was recorded, clean first."""
         return ordered_inputs(inputs for inputs, name in self._kernel_names if name == metric)
 
     @cached_property

@@ -129,7 +129,7 @@ def _scalars(runs: Sequence[Subject], inputs: str) -> list[LinePanel]:
         curves = [(run, run.kernel_curve(inputs, "specialization")) for run in group]
         lines = tuple(Line(run.label, curve.x, curve.y, run.place) for run, curve in curves if curve)
         if lines:
-            panels.append(LinePanel("over time", time_axis(axis), Axis("specialization"), lines))
+            panels.append(LinePanel("scalar over time", time_axis(axis), Axis("specialization"), lines))
     return panels
 
 

@@ -1,0 +1,67 @@
+"""The demo's runs over several seeds: when the kernels parted, when robust accuracy collapsed, what it took.
+
+    python benchmarks/demo_seeds.py results/demo/seeds.json --seeds 10 11 12 13 14 [--methods fgsm]
+
+The runs themselves are written to a temporary folder; the JSON file keeps their curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tangentlab.records import RunRecord, environment
+from tangentlab.runs import train
+from tangentlab.runs.summary import collapse_of, parting_of
+from tangentlab.studies.demo import METHODS, demo_config
+
+CURVES = ("clean_accuracy", "fgsm_accuracy", "robust_accuracy", "kernel/fgsm~pgd/class/distance")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 20)))
+    parser.add_argument("--methods", nargs="+", default=["fgsm"], choices=METHODS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    for seed in options.seeds:
+        for method in options.methods:
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.perf_counter()
+                record = train(demo_config(method, seed), Path(folder) / method)
+                rows.append(row(record, method, seed, time.perf_counter() - started))
+            shown = {key: value for key, value in rows[-1].items() if key != "curves"}
+            print(json.dumps(shown), flush=True)
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps({"environment": environment(), "runs": rows}, indent=1) + "\n")
+
+
+def row(record: RunRecord, method: str, seed: int, seconds: float) -> dict[str, Any]:
+    """What one run shows."""
+    collapse, parted, status = collapse_of(record), parting_of(record), record.status
+    return {
+        "method": method,
+        "seed": seed,
+        "kernels_parted_epoch": parted,
+        "collapse_epoch": collapse and collapse.epoch,
+        "best_robust_accuracy": status["best"]["robust_accuracy"],
+        "last_test_accuracy": {
+            line["attack"]: line["accuracy"] for line in record.evaluations if line["checkpoint"] == "last"
+        },
+        "seconds": seconds,
+        "probe_share": status["probe_seconds"] / status["train_seconds"],
+        "curves": {name: dict(zip(("epoch", "value"), record.series(name), strict=True)) for name in CURVES},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Runs from configurations: every data set and model, Python and command line, processes and precision."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import tangentlab as tl
+from tangentlab.errors import ConfigError, ModelError
+from tangentlab.records import read_run, read_tensors
+from tangentlab.runs import RunConfig, load_config, resolve, shipped_configs, train
+from tangentlab.runs.build import build_data, build_model, every_steps
+from tangentlab.runs.evaluate import count_correct
+from tiny import TINY
+
+Make = Callable[..., RunConfig]
+
+# A few steps of any configuration, in a second.
+BRIEF = [
+    "--training.epochs=1",
+    "--training.batch_size=20",
+    "--method.num_steps=1",
+    "--evaluation.num_steps=1",
+    "--evaluation.test_num_steps=1",
+    "--evaluation.test_size=20",
+    "--probe.num_steps=1",
+]
+
+
+@pytest.fixture
+def data_root(tmp_path: Path, authors: ModuleType) -> Path:
+    root = tmp_path / "data"
+    authors.write_idx(root / "MNIST", train=160, test=40)
+    authors.write_idx(root / "FashionMNIST", train=160, test=40)
+    authors.write_cifar10(root / "cifar-10-batches-py", n=40)
+    authors.write_cifar100(root / "cifar-100-python", n=300)
+    return root
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_configuration_runs(name: str, data_root: Path, tmp_path: Path) -> None:
+    as_shipped = load_config(name)
+    small = [*BRIEF, f"--data.root={data_root}"]
+    small += ["--data.train_size=100", "--data.validation_size=40"]
+    if as_shipped.model["name"] == "preactresnet18":
+        small.append("--model.width=4")
+    if as_shipped.data.name == "cifar100":
+        # Class kernels of 100 outputs take a hundred backward passes: minutes, not the test's matter.
+        small += ["--data.train_size=200", "--data.validation_size=100", "--probe.size=0"]
+    else:
+        small.append("--probe.size=10")
+    record = train(load_config(name, small), tmp_path / "run")
+    assert record.state == "finished"
+    assert {line["attack"] for line in record.evaluations} == {"none", "fgsm", "pgd"}
+    assert as_shipped.probe.size >= (100 if as_shipped.data.name == "cifar100" else 10)
+    assert record.config["probe"]["size"] == 0 or record.series("kernel/pgd/class/entropy_rank")[1]
+    again = resolve(record.config)  # the folder's configuration reruns the run
+    assert again.to_dict() == record.config
+
+
+def test_the_default_configuration_is_a_run(tmp_path: Path) -> None:
+    config = resolve({"training": {"epochs": 1}, "probe": {"size": 0}, "evaluation": {"test_num_steps": 1}})
+    assert train(config, tmp_path / "run").state == "finished"
+
+
+def test_from_python_in_a_handful_of_lines(tmp_path: Path) -> None:
+    config = tl.RunConfig(
+        name="mine", eps=0.2, method={"name": "fgsm"}, model={"name": "mlp", "widths": [16]}
+    )
+    config = resolve({**config.to_dict(), "training": {"epochs": 1}, "probe": {"size": 10}})
+    record = tl.train(config, tmp_path / "run")
+    assert record.config["method"] == {"name": "fgsm", "eps": 0.2}
+    lines = tl.evaluate(tmp_path / "run", num_steps=2, test_size=30)
+    assert [line["n"] for line in lines] == [30] * 6
+
+
+def test_the_log_counts_what_the_method_costs(tiny_config: Make, tmp_path: Path) -> None:
+    record = train(tiny_config("--method.num_steps=10", "--training.epochs=2"), tmp_path / "run")
+    line = [line for line in record.metrics if "cost" in line][-1]
+    assert (line["forwards"], line["input_backwards"], line["full_backwards"]) == (22, 20, 2)
+    assert line["cost"] == 22 + 20 + 2 * 2
+    assert line["summed_learning_rate"] == pytest.approx(6 * 0.1)
+    assert record.status["probe_seconds"] > 0
+    assert record.status["best"]["robust_accuracy"] == max(record.series("robust_accuracy")[1])
+
+
+def test_the_best_checkpoint_is_chosen_on_the_validation_split(tiny_config: Make, tmp_path: Path) -> None:
+    config = tiny_config("--training.epochs=4", "--probe.size=0")
+    record = train(config, tmp_path / "run")
+    best = record.status["best"]
+    examples = build_data(config)
+    model = build_model(config, examples, torch.device("cpu"))
+    tensors, metadata = read_tensors(tmp_path / "run" / "checkpoints" / "best.safetensors")
+    model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items()})
+    clean = count_correct(model, examples.validation, None, seed=0, device=torch.device("cpu"))
+    assert clean / len(examples.validation) == best["clean_accuracy"]
+    assert metadata["step"] == best["step"]
+    assert not set(map(tuple, examples.train.images.flatten(1).tolist())) & set(
+        map(tuple, examples.test.images.flatten(1).tolist())
+    )
+
+
+def test_the_seed_decides_everything_and_global_state_nothing(tiny_config: Make, tmp_path: Path) -> None:
+    def weights(name: str, *words: str) -> bytes:
+        train(tiny_config("--training.epochs=1", "--probe.size=0", *words), tmp_path / name)
+        tensors, _ = read_tensors(tmp_path / name / "checkpoints" / "last.safetensors")
+        return b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))
+
+    torch.manual_seed(5)
+    first = weights("a")
+    torch.manual_seed(6)
+    before = torch.get_rng_state()
+    assert weights("b") == first
+    assert torch.equal(before, torch.get_rng_state())
+    assert weights("c", "--seed=1") != first
+
+
+class Outsider(nn.Module):
+    """Somebody else's model; its constructor knows neither input_shape nor num_classes."""
+
+    def __init__(self, units: int = 8, *, outputs: int = 10) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, units), nn.Linear(units, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x.flatten(1))))
+
+
+def make_outsider(num_classes: int, units: int = 8) -> nn.Module:
+    return Outsider(units, outputs=num_classes)
+
+
+OWN = ["--data.train_size=60", "--data.validation_size=40", *BRIEF, "--probe.size=10"]
+
+
+@pytest.mark.parametrize("attribute", ["Outsider", "make_outsider"])
+def test_any_module_by_import_path(attribute: str, tmp_path: Path) -> None:
+    name = f"{__name__}:{attribute}"
+    words = [*OWN, f"--model={name}", "--model.units=5"]
+    with pytest.raises(ModelError, match=f"add --allow-import {__name__}"):
+        load_config("digits", words)
+    config = load_config("digits", words, allow_import=[__name__])
+    record = train(config, tmp_path / "run", allow_import=[__name__])
+    assert record.config["model"]["units"] == 5
+    with pytest.raises(ConfigError, match=r"'model.unit' is unknown; did you mean 'model.units'\?"):
+        load_config("digits", [*OWN, f"--model={name}", "--model.unit=5"], allow_import=[__name__])
+
+
+def test_a_model_with_another_output_is_refused(tmp_path: Path) -> None:
+    words = [*OWN, f"--model={__name__}:Outsider", "--model.outputs=9"]
+    config = load_config("digits", words, allow_import=[__name__])
+    with pytest.raises(ModelError, match=r"returns shape \(2, 9\) for 2 examples, not \[n, C\] = \(2, 10\)"):
+        train(config, tmp_path / "run", allow_import=[__name__])
+
+
+def test_bf16_trains_and_is_evaluated_in_fp32(tiny_config: Make, tmp_path: Path) -> None:
+    record = train(tiny_config("--precision=bf16", "--training.epochs=2"), tmp_path / "run")
+    tensors, _ = read_tensors(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    assert all(t.dtype == torch.float32 for k, t in tensors.items() if "weight" in k)
+    exact = train(tiny_config("--training.epochs=2"), tmp_path / "exact")
+    losses = [r.series("train_loss")[1] for r in (record, exact)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_normalize_is_the_first_layer_and_travels_with_the_weights(tiny_config: Make, tmp_path: Path) -> None:
+    config = tiny_config("--data.normalize=true", "--training.epochs=1")
+    train(config, tmp_path / "run")
+    tensors, _ = read_tensors(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    x = build_data(config).train.x()
+    assert tensors["model/0.mean"].item() == pytest.approx(x.mean().item(), rel=1e-5)
+    assert tensors["model/0.std"].item() == pytest.approx(x.std().item(), rel=1e-5)
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    words = [*TINY, "--processes=2", "--training.epochs=2", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "tangentlab.cli", "train", "digits", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    record = read_run(tmp_path / "run")
+    assert record.state == "finished"
+    assert len(record.series("train_loss")[1]) == 2
+    assert len(record.kernel_steps()) > 1
+
+
+def test_an_interval_in_epochs_is_at_least_a_step() -> None:
+    assert [every_steps(e, 17) for e in (0.01, 0.5, 1, 2)] == [1, 8, 17, 34]
