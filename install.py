@@ -29,13 +29,17 @@ def wants_cpu_index() -> bool:
 
 def main() -> None:
     if sys.version_info < (3, 11):
-        sys.exit(f"install.py: Python {platform.python_version()} is too old; make PYTHON=python3.11 (or newer)")
+        sys.exit(
+            f"install.py: Python {platform.python_version()} is too old; make PYTHON=python3.11 (or newer)"
+        )
     folder = Path(sys.argv[1])
     development = "--dev" in sys.argv[2:]
     python = folder / ("Scripts" if platform.system() == "Windows" else "bin") / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-    say("Installing into .venv: about 350 MB to download and 1.3 GB on disk (1.7 GB with the developers' tools);")
+    say(
+        "Installing into .venv: about 350 MB to download, 1.3 GB on disk (1.7 GB with the developers' tools);"
+    )
     say("one to five minutes, most of it PyTorch.")
     command = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints-cpu.txt")]
     if wants_cpu_index():

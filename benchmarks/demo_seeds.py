@@ -17,15 +17,17 @@ from typing import Any
 import torch
 
 from tangentlab.records import RunRecord, environment
+from tangentlab.report.subject import subjects
 from tangentlab.runs import train
-from tangentlab.runs.summary import collapse_of, parting_of
 from tangentlab.studies.demo import METHODS, demo_config
 
 CURVES = ("clean_accuracy", "fgsm_accuracy", "robust_accuracy", "kernel/fgsm~pgd/class/distance")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 20)))
     parser.add_argument("--methods", nargs="+", default=["fgsm"], choices=METHODS)
@@ -47,12 +49,12 @@ def main() -> None:
 
 def row(record: RunRecord, method: str, seed: int, seconds: float) -> dict[str, Any]:
     """What one run shows."""
-    collapse, parted, status = collapse_of(record), parting_of(record), record.status
+    (run,), status = subjects([record]), record.status
     return {
         "method": method,
         "seed": seed,
-        "kernels_parted_epoch": parted,
-        "collapse_epoch": collapse and collapse.epoch,
+        "kernels_parted_epoch": run.parting,
+        "collapse_epoch": run.collapse and run.collapse.epoch,
         "best_robust_accuracy": status["best"]["robust_accuracy"],
         "last_test_accuracy": {
             line["attack"]: line["accuracy"] for line in record.evaluations if line["checkpoint"] == "last"

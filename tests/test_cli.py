@@ -75,7 +75,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
         (["--probe.memory", "2 gigs"], "2 gigs"),
         (["--probe.size", 5], "probe"),
         (["--training.schedule", "step"], "training.schedule 'step' is unknown"),
-        (["--processes", 3], "training.batch_size=40 does not divide by processes=3"),
+        (["--processes", 3], "training.batch_size=40 is no multiple of processes=3"),
         (["--schema", 2], "schema 2 is unknown; this version reads 1"),
     ],
 )

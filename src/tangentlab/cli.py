@@ -80,8 +80,8 @@ def _parser() -> Parser:
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> None:
+    from tangentlab.report.terminal import runs_table
     from tangentlab.runs.display import ProgressDisplay
-    from tangentlab.runs.summary import runs_table
     from tangentlab.studies.demo import free_folder, run_demo
 
     out = options.out or free_folder(Path("runs/demo"))
@@ -92,10 +92,10 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
+    from tangentlab.report.terminal import evaluations_table
     from tangentlab.runs import parsing as configs
     from tangentlab.runs import train
     from tangentlab.runs.display import ProgressDisplay
-    from tangentlab.runs.summary import evaluations_table
 
     allow = options.allow_import
     if options.help:
@@ -125,8 +125,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from tangentlab.records import read_run
+    from tangentlab.report.terminal import evaluations_table
     from tangentlab.runs import evaluate
-    from tangentlab.runs.summary import evaluations_table
 
     evaluate(
         options.run,

@@ -106,6 +106,7 @@ class Run:
     def __init__(self, folder: Path, lock: filelock.BaseFileLock) -> None:
         self.folder = folder
         self._lock = lock
+        self._unfinished = False
         self._metrics = os.open(folder / "metrics.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
 
     @classmethod
@@ -126,6 +127,7 @@ class Run:
             run.truncate_metrics(0)
             write_atomic(folder / "environment.json", _json(environment()))
             run.write_status(state="running", step=0)
+            run._unfinished = True
             # Last: a folder with a configuration is a run.
             write_atomic(folder / "config.yaml", _yaml({"schema": SCHEMA, **(config or {})}))
         except BaseException:
@@ -158,7 +160,7 @@ class Run:
         return cls(folder, lock)
 
     def write(self, record: Measurement | Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl, a measurement's kernels to kernels/<step>.safetensors before it."""
+        """Append one line to metrics.jsonl, a measurement's kernels to kernels/<step>.safetensors first."""
         if isinstance(record, Measurement):
             if record.kernels:
                 write_tensors(kernel_path(self.folder, record.step), record.kernels, {"step": record.step})
@@ -189,6 +191,7 @@ class Run:
     def write_status(self, **status: Any) -> None:
         """Replace status.json."""
         write_atomic(self.folder / "status.json", _json({"schema": SCHEMA, "pid": os.getpid(), **status}))
+        self._unfinished = self._unfinished and status.get("state") == "running"
 
     def metrics_size(self) -> int:
         """Bytes of metrics.jsonl that are safely on the disk, for a checkpoint to remember."""
@@ -212,15 +215,21 @@ class Run:
         os.ftruncate(self._metrics, size)
 
     def close(self) -> None:
-        """Give the folder back."""
-        if self._lock.is_locked:
+        """Give the folder back; a run that was created here and said nothing of its end is finished."""
+        if not self._lock.is_locked:
+            return
+        try:
+            if self._unfinished:
+                self.write_status(**{**_read_json(self.folder / "status.json"), "state": "finished"})
+        finally:
             os.close(self._metrics)
             self._lock.release()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._unfinished = self._unfinished and kind is None
         self.close()
 
 

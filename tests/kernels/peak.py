@@ -21,9 +21,17 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = nn.Sequential(
-        nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(inplace=True),
-        nn.Conv2d(24, 48, 3, stride=2, padding=1), nn.GroupNorm(4, 48), nn.ReLU(),
-        nn.Conv2d(48, 96, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 64, 4))
+        nn.Conv2d(3, 24, 3, padding=1),
+        nn.BatchNorm2d(24),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(24, 48, 3, stride=2, padding=1),
+        nn.GroupNorm(4, 48),
+        nn.ReLU(),
+        nn.Conv2d(48, 96, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96 * 64, 4),
+    )
     x = torch.rand(96, 3, 32, 32)
     ntk(model, x[:4])
     before = peak()

@@ -16,8 +16,9 @@ def jacobian(model: nn.Module, x: Tensor) -> Tensor:
     for example in x.split(1):
         output = model(example.clone())[0]
         for value in output:
-            gradients = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True,
-                                            allow_unused=True)
+            gradients = torch.autograd.grad(
+                value, parameters, retain_graph=True, materialize_grads=True, allow_unused=True
+            )
             rows.append(torch.cat([g.flatten() for g in gradients]))
     return torch.stack(rows).view(len(x), -1, rows[0].numel())
 
@@ -38,8 +39,12 @@ def kernel(J: Tensor, J2: Tensor, kind: str) -> Tensor:
     """The kernel of that kind from two Jacobians."""
     full = torch.einsum("icp,jdp->ijcd", J, J2)
     classes = full.diagonal(dim1=2, dim2=3)
-    return {"full": full, "class": classes.permute(2, 0, 1), "trace": classes.mean(2),
-            "pseudo": full.sum((2, 3)) / full.shape[2]}[kind]
+    return {
+        "full": full,
+        "class": classes.permute(2, 0, 1),
+        "trace": classes.mean(2),
+        "pseudo": full.sum((2, 3)) / full.shape[2],
+    }[kind]
 
 
 def relative_error(K: Tensor, expected: Tensor) -> float:

@@ -37,11 +37,21 @@ class Applied(nn.Module):
 
 def test_neural_tangents_kernel_is_reproduced() -> None:
     known = {name: torch.from_numpy(a) for name, a in np.load(HERE / "neural_tangents.npz").items()}
-    model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.ReLU(),
-                          nn.Conv2d(5, 6, 3, stride=2, padding=1), nn.ReLU(),
-                          nn.Flatten(), nn.Linear(24, 4)).double()
-    model.load_state_dict({f"{layer}.{part}": known[f"{part[0]}{i}"]
-                           for i, layer in enumerate((0, 2, 5), start=1) for part in ("weight", "bias")})
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(5, 6, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    ).double()
+    model.load_state_dict(
+        {
+            f"{layer}.{part}": known[f"{part[0]}{i}"]
+            for i, layer in enumerate((0, 2, 5), start=1)
+            for part in ("weight", "bias")
+        }
+    )
     assert relative_error(ntk(model, known["x"], kind="full"), known["full"]) < 1e-12
     assert relative_error(ntk(model, known["x"], kind="trace"), known["trace"]) < 1e-12
 
@@ -87,8 +97,15 @@ def test_the_model_comes_back_as_it_was() -> None:
     before = copy.deepcopy(model.state_dict())
     modes = [module.training for module in model.modules()]
     attributes = [set(vars(module)) for module in model.modules()]
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs),
-              len(m._forward_pre_hooks_with_kwargs)) for m in model.modules()]
+    hooks = [
+        (
+            len(m._forward_hooks),
+            len(m._forward_pre_hooks),
+            len(m._forward_hooks_with_kwargs),
+            len(m._forward_pre_hooks_with_kwargs),
+        )
+        for m in model.modules()
+    ]
     generator = torch.get_rng_state()
     x = examples("in-place relu", 5)
     untouched = x.clone()
@@ -97,8 +114,15 @@ def test_the_model_comes_back_as_it_was() -> None:
     assert torch.equal(x, untouched)
     assert [module.training for module in model.modules()] == modes
     assert [set(vars(module)) for module in model.modules()] == attributes
-    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs),
-                      len(m._forward_pre_hooks_with_kwargs)) for m in model.modules()]
+    assert hooks == [
+        (
+            len(m._forward_hooks),
+            len(m._forward_pre_hooks),
+            len(m._forward_hooks_with_kwargs),
+            len(m._forward_pre_hooks_with_kwargs),
+        )
+        for m in model.modules()
+    ]
     assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items())
     assert not model[3].weight.requires_grad
     assert model[0][0].weight.requires_grad
@@ -154,26 +178,32 @@ def test_progress_is_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert "100%" in err
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ({"kind": "classes"}, r"'classes' is unknown; did you mean 'class'\? Choose from 'full', .*'pseudo'"),
-    ({"batchnorm": "batch"}, r"batchnorm 'batch' is unknown; choose from 'running'"),
-    ({"memory": "2 parsecs"}, r"memory='2 parsecs' is not a size"),
-    ({"memory": 0}, r"memory=0 is not a size"),
-    ({"dtype": torch.int64}, r"dtype=torch.int64 is not a floating-point"),
-    ({"x2": torch.zeros(2, 5).double()}, r"x2 holds examples of shape \[5\] .* x of \[6\]"),
-    ({"x2": torch.zeros(0, 6).double()}, r"x2 has shape \[0, 6\]; give at least one example"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"kind": "classes"}, r"'classes' is unknown; did you mean 'class'\? Choose from 'full', .*'pseudo'"),
+        ({"batchnorm": "batch"}, r"batchnorm 'batch' is unknown; choose from 'running'"),
+        ({"memory": "2 parsecs"}, r"memory='2 parsecs' is not a size"),
+        ({"memory": 0}, r"memory=0 is not a size"),
+        ({"dtype": torch.int64}, r"dtype=torch.int64 is not a floating-point"),
+        ({"x2": torch.zeros(2, 5).double()}, r"x2 holds examples of shape \[5\] .* x of \[6\]"),
+        ({"x2": torch.zeros(0, 6).double()}, r"x2 has shape \[0, 6\]; give at least one example"),
+    ],
+)
 def test_bad_settings(words: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ntk(build("frozen"), examples("frozen", 3), **words)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("function", "message"), [
-    (lambda h: (h, h), "returns a tuple"),
-    (lambda h: h.sum(1), r"shape \[2\]; a kernel needs"),
-    (lambda h: h.argmax(1, keepdim=True), "torch.int64"),
-    (lambda h: h[:1], r"shape \[1, 3\]"),
-])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda h: (h, h), "returns a tuple"),
+        (lambda h: h.sum(1), r"shape \[2\]; a kernel needs"),
+        (lambda h: h.argmax(1, keepdim=True), "torch.int64"),
+        (lambda h: h[:1], r"shape \[1, 3\]"),
+    ],
+)
 def test_wrong_outputs(function: object, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         ntk(Applied(function), examples("frozen", 3))
@@ -254,8 +284,9 @@ def test_too_little_memory_names_the_least_that_works() -> None:
 
 def test_working_memory_stays_within_the_bound() -> None:
     """In a process of its own, for the peak of a process only grows."""
-    done = subprocess.run([sys.executable, "-m", "kernels.peak"], capture_output=True, text=True, check=True,
-                          cwd=HERE.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.peak"], capture_output=True, text=True, check=True, cwd=HERE.parent
+    )
     growth, jacobian_size = (int(line) / 2**20 for line in done.stdout.split())
     assert jacobian_size > 3 * 32
     assert growth < 32

@@ -233,37 +233,64 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv dilation": (conv(2, 4, 3, padding=2, dilation=2), IMAGE),
     "conv groups": (conv(2, 4, 3, groups=2), IMAGE),
     "conv depthwise no bias": (
-        lambda: images(nn.Conv2d(2, 6, 3, groups=2, bias=False), nn.Conv2d(6, 3, 1)), IMAGE),
+        lambda: images(nn.Conv2d(2, 6, 3, groups=2, bias=False), nn.Conv2d(6, 3, 1)),
+        IMAGE,
+    ),
     "conv no bias": (conv(2, 4, 3, bias=False), IMAGE),
     "wide conv, few positions": (
-        lambda: images(nn.Conv2d(2, 30, 5), nn.Tanh(), nn.Conv2d(30, 40, 3, stride=2)), IMAGE),
+        lambda: images(nn.Conv2d(2, 30, 5), nn.Tanh(), nn.Conv2d(30, 40, 3, stride=2)),
+        IMAGE,
+    ),
     "conv transpose": (lambda: images(nn.ConvTranspose2d(2, 3, 3, stride=2)), IMAGE),
     "conv 1d": (
-        lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)), SEQUENCE),
+        lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
+        SEQUENCE,
+    ),
     "in-place relu": (
-        lambda: images(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3),
-            nn.BatchNorm2d(4), nn.ReLU(inplace=True)), IMAGE),
+        lambda: images(
+            nn.Conv2d(2, 4, 3),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+        ),
+        IMAGE,
+    ),
     "in-place relu on a view": (
-        lambda: nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), nn.ReLU(inplace=True),
-            nn.Flatten(), nn.Linear(8, 3)), VECTOR),
+        lambda: nn.Sequential(
+            nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 3)
+        ),
+        VECTOR,
+    ),
     "batchnorm 2d": (lambda: images(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, eps=0.03)), IMAGE),
     "batchnorm 2d not affine": (
-        lambda: images(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, eps=0.03, affine=False)), IMAGE),
+        lambda: images(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, eps=0.03, affine=False)),
+        IMAGE,
+    ),
     "batchnorm 1d": (
-        lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, eps=0.1), nn.Tanh(),
-            nn.Linear(4, 3)), VECTOR),
+        lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, eps=0.1), nn.Tanh(), nn.Linear(4, 3)),
+        VECTOR,
+    ),
     "batchnorm 1d on sequences": (
-        lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Tanh(), nn.Flatten(), nn.Linear(30, 3)), SEQUENCE),
+        lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Tanh(), nn.Flatten(), nn.Linear(30, 3)),
+        SEQUENCE,
+    ),
     "pre-activation block": (lambda: images(PreActivation()), IMAGE),
     "zero branch": (zero_branch, IMAGE),
     "linear on sequences": (
-        lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)), SEQUENCE),
+        lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)),
+        SEQUENCE,
+    ),
     "layer norm": (
-        lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3)), VECTOR),
+        lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3)),
+        VECTOR,
+    ),
     "group norm": (lambda: images(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)), IMAGE),
     "instance norm": (lambda: images(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True)), IMAGE),
     "embedding": (
-        lambda: nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)), TOKENS),
+        lambda: nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)),
+        TOKENS,
+    ),
     "weight norm": (lambda: nn.Sequential(weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3)), VECTOR),
     "weight norm conv": (lambda: images(weight_norm(nn.Conv2d(2, 4, 3))), IMAGE),
     "applied twice": (Twice, IMAGE),
@@ -274,8 +301,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "bare parameters": (Bare, SEQUENCE),
     "attention": (Attention, SEQUENCE),
     "transformer layer": (
-        lambda: nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Flatten(),
-            nn.Linear(30, 3)), SEQUENCE),
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(30, 3)
+        ),
+        SEQUENCE,
+    ),
     "lstm": (Recurrent, SEQUENCE),
     "sequence first": (SequenceFirst, VECTOR),
     "input changed in place": (InPlaceInput, VECTOR),

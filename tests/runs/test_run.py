@@ -17,7 +17,7 @@ from tangentlab.errors import ConfigError, ModelError
 from tangentlab.records import read_run, read_tensors
 from tangentlab.runs import RunConfig, load_config, resolve, shipped_configs, train
 from tangentlab.runs.build import build_data, build_model, every_steps
-from tangentlab.runs.evaluate import count_correct
+from tangentlab.runs.evaluation import count_correct
 from tiny import TINY
 
 Make = Callable[..., RunConfig]

@@ -34,8 +34,9 @@ class Call:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves, self._spec = tree_flatten((args, kwargs))
-        self.sources = {get_gradient_edge(leaf).node for leaf in leaves
-                        if isinstance(leaf, Tensor) and leaf.requires_grad}
+        self.sources = {
+            get_gradient_edge(leaf).node for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad
+        }
         self._leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.inputs = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
         self._versions = [tensor._version for tensor in self.inputs]
@@ -87,8 +88,12 @@ class Tape:
 
     def live(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Call, Tensor]]:
         """The modules' calls that the outputs depend on, with their cotangents."""
-        return [(module, call, call.delta) for module in modules for call in self.calls[module]
-                if call.delta is not None]
+        return [
+            (module, call, call.delta)
+            for module in modules
+            for call in self.calls[module]
+            if call.delta is not None
+        ]
 
     def pull(self, cotangents: Tensor) -> None:
         """Set every call's ``delta`` to the gradients of ``output @ cotangents[r]``, r = 0 … R − 1.
@@ -103,8 +108,9 @@ class Tape:
             return
         edges = [call.edge for call in calls if call.edge is not None]
         for r, cotangent in enumerate(cotangents):
-            gradients = torch.autograd.grad([self.output], edges, [cotangent.expand_as(self.output)],
-                                            retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                [self.output], edges, [cotangent.expand_as(self.output)], retain_graph=True, allow_unused=True
+            )
             for call, gradient in zip(calls, gradients, strict=True):
                 if gradient is None:
                     continue
@@ -136,9 +142,14 @@ def record(model: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> Tape:
         calls[module].append(call)
 
     # First before, last after: the hooks of others belong to the module's function, which replays run too.
-    handles = [handle for module in calls for handle in (
-        module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
-        module.register_forward_hook(leave, with_kwargs=True))]
+    handles = [
+        handle
+        for module in calls
+        for handle in (
+            module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True),
+        )
+    ]
     try:
         with torch.enable_grad():
             output = model(x.clone())
@@ -148,6 +159,8 @@ def record(model: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> Tape:
     if not isinstance(output, Tensor):
         raise ModelError(f"the model returns a {type(output).__name__}; a kernel needs a tensor [n, C]")
     if output.dim() != 2 or len(output) != len(x) or not output.is_floating_point():
-        raise ModelError(f"the model maps {len(x)} examples to a {output.dtype} tensor of shape "
-                         f"{list(output.shape)}; a kernel needs floating-point outputs [{len(x)}, C]")
+        raise ModelError(
+            f"the model maps {len(x)} examples to a {output.dtype} tensor of shape "
+            f"{list(output.shape)}; a kernel needs floating-point outputs [{len(x)}, C]"
+        )
     return Tape(output, calls)

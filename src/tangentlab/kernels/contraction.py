@@ -24,8 +24,11 @@ def contracts(module: nn.Module) -> bool:
     """Whether the module is, to the letter of its forward, a Linear or an ungrouped Conv2d."""
     if isinstance(module, nn.Conv2d):
         kind = type(module)
-        return (module.groups == 1 and kind.forward is nn.Conv2d.forward
-                and kind._conv_forward is nn.Conv2d._conv_forward)
+        return (
+            module.groups == 1
+            and kind.forward is nn.Conv2d.forward
+            and kind._conv_forward is nn.Conv2d._conv_forward
+        )
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
@@ -66,8 +69,9 @@ class Contraction:
         """G [n, R, C_out·D], whole."""
         return self._slice(tape, slice(0, self._channels), dtype, space) if tape.live(self.modules) else None
 
-    def gram(self, left: Tape, right: Tape | None, dtype: torch.dtype, space: float,
-             cache: dict[object, Tensor]) -> Tensor | None:
+    def gram(
+        self, left: Tape, right: Tape | None, dtype: torch.dtype, space: float, cache: dict[object, Tensor]
+    ) -> Tensor | None:
         tapes = [left] if right is None else [left, right]
         if not all(tape.live(self.modules) for tape in tapes):
             return None
@@ -92,8 +96,9 @@ class Contraction:
             torch.bmm(d.reshape(len(d), rows * width, -1), self._patches(tape, some, dtype), out=G[some])
         return G.view(n, rows, -1)
 
-    def _ghost(self, left: Tape, right: Tape | None, dtype: torch.dtype, space: float,
-               cache: dict[object, Tensor]) -> Tensor:
+    def _ghost(
+        self, left: Tape, right: Tape | None, dtype: torch.dtype, space: float, cache: dict[object, Tensor]
+    ) -> Tensor:
         """⟨G_ir, G_js⟩ = Σ_od (Σ_p δ_irpo a_ipd)(Σ_q δ_jsqo a_jqd) = Σ_pq (δ_irp·δ_jsq)(a_ip·a_jq)."""
         tapes = [left] if right is None else [left, right]
         n, m = len(left), len(tapes[-1])
@@ -102,8 +107,10 @@ class Contraction:
             cache[self] = (a[0].flatten(0, 1) @ a[-1].flatten(0, 1).T).view(n, a[0].shape[1], m, -1)
         A = cache[self]  # [n, T, m, S]
         T, S = A.shape[1], A.shape[3]
-        d = [self._columns(tape, slice(0, len(tape)), slice(0, self._channels), dtype).transpose(2, 3)
-             for tape in tapes]
+        d = [
+            self._columns(tape, slice(0, len(tape)), slice(0, self._channels), dtype).transpose(2, 3)
+            for tape in tapes
+        ]
         rows = d[0].shape[1]
         K = A.new_zeros(n, rows, m, rows)
         for block in [slice(0, n)] if right is not None else row_blocks(n):
@@ -116,13 +123,20 @@ class Contraction:
 
     def _patches(self, tape: Tape, some: slice, dtype: torch.dtype) -> Tensor:
         """[n, T, D], T the positions of all calls."""
-        return _joined([patches(module, call.inputs[0][some].to(dtype))
-                        for module, call, _ in tape.live(self.modules)], 1)
+        return _joined(
+            [patches(module, call.inputs[0][some].to(dtype)) for module, call, _ in tape.live(self.modules)],
+            1,
+        )
 
     def _columns(self, tape: Tape, some: slice, part: slice, dtype: torch.dtype) -> Tensor:
         """[n, R, |part|, T]."""
-        return _joined([columns(module, delta[some])[:, :, part].to(dtype)
-                        for module, _, delta in tape.live(self.modules)], 3)
+        return _joined(
+            [
+                columns(module, delta[some])[:, :, part].to(dtype)
+                for module, _, delta in tape.live(self.modules)
+            ],
+            3,
+        )
 
     def transient(self, tape: Tape) -> int:
         """Padded inputs, patches and cotangents, cast and joined."""

@@ -18,8 +18,17 @@ from tangentlab.errors import ConfigError, KernelError
 from tangentlab.kernels.capture import Tape, record
 from tangentlab.kernels.rules import Block
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
 
 # The part of the bound that the count may fill; the rest is for what allocators and BLAS keep aside.
 _COUNTED = 0.8
@@ -40,8 +49,10 @@ def bytes_of(memory: int | str) -> int:
     elif isinstance(memory, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", memory)):
         size = int(float(found[1]) * _UNITS.get(found[2], 0))
     if size is None or size <= 0:
-        raise ConfigError(f"memory={memory!r} is not a size; give bytes as an int, or a number with one of "
-                          f"{', '.join(_UNITS)}, as in '2GiB'")
+        raise ConfigError(
+            f"memory={memory!r} is not a size; give bytes as an int, or a number with one of "
+            f"{', '.join(_UNITS)}, as in '2GiB'"
+        )
     return size
 
 
@@ -53,8 +64,16 @@ class Plan:
     space: float
 
 
-def plan(model: nn.Module, blocks: Sequence[Block], x: Tensor, sizes: tuple[int, int | None],
-         rows: int, sets: int, dtype: torch.dtype, limit: int) -> Plan:
+def plan(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    x: Tensor,
+    sizes: tuple[int, int | None],
+    rows: int,
+    sets: int,
+    dtype: torch.dtype,
+    limit: int,
+) -> Plan:
     """The largest even tile whose working memory stays within ``limit`` bytes.
 
     Args:
@@ -86,8 +105,10 @@ def plan(model: nn.Module, blocks: Sequence[Block], x: Tensor, sizes: tuple[int,
         if held + item * least <= _COUNTED * limit and (tile == 1 or held <= _COUNTED * limit / 2):
             return Plan(tile, (_COUNTED * limit - held) / item)
     needed = -(-(held + item * least) / _COUNTED // 2**20)
-    raise KernelError(f"memory of {limit / 2**20:.1f} MiB is too small: tiles of one example need "
-                      f"{needed:.0f} MiB for this model and kernel")
+    raise KernelError(
+        f"memory of {limit / 2**20:.1f} MiB is too small: tiles of one example need "
+        f"{needed:.0f} MiB for this model and kernel"
+    )
 
 
 @dataclass(frozen=True)

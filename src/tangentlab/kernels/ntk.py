@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from tangentlab.errors import ConfigError, KernelError, unknown_choice
@@ -95,10 +93,23 @@ def ntk(
         with torch.no_grad():
             classes = record(model, [], x[:1]).output.shape[1]
         cotangents = _cotangents(kind, classes, parameter)
-        result = x.new_zeros(classes if kind == "class" else 1, len(x), len(x if x2 is None else x2),
-                             *2 * cotangents.shape[1:2], dtype=dtype)
-        settled = plan(model, found, x, (len(x), None if x2 is None else len(x2)), cotangents.shape[1],
-                       len(cotangents), dtype, limit)
+        result = x.new_zeros(
+            classes if kind == "class" else 1,
+            len(x),
+            len(x if x2 is None else x2),
+            *2 * cotangents.shape[1:2],
+            dtype=dtype,
+        )
+        settled = plan(
+            model,
+            found,
+            x,
+            (len(x), None if x2 is None else len(x2)),
+            cotangents.shape[1],
+            len(cotangents),
+            dtype,
+            limit,
+        )
         _fill(result, model, found, x, x2, cotangents, settled, progress)
     if kind == "trace":
         result /= classes
@@ -110,24 +121,37 @@ def ntk(
     return result[..., 0, 0] if kind == "class" else result[0, ..., 0, 0]
 
 
-def _fill(result: Tensor, model: nn.Module, found: list[Block], x: Tensor, x2: Tensor | None,
-          cotangents: Tensor, settled: Plan, progress: bool) -> None:
+def _fill(
+    result: Tensor,
+    model: nn.Module,
+    found: list[Block],
+    x: Tensor,
+    x2: Tensor | None,
+    cotangents: Tensor,
+    settled: Plan,
+    progress: bool,
+) -> None:
     """Add Σ_θ G_ir G_jsᵀ to result[k, i, j, r, s], for each of the sets of cotangents [sets, R, C].
 
     A set has the slot k of its own, or all share one. With x2 None the lower triangle of tiles is computed,
     and the upper copied.
     """
+
     def taped(part: slice, of: Tensor) -> Tape:
         tape = record(model, modules, of[part])
         for module, calls in tape.calls.items():
             for fault in filter(None, (call.fault(len(tape)) for call in calls)):
-                raise KernelError(f"a {type(module).__name__} of the model {fault}, "
-                                  "though it does not for the first examples")
+                raise KernelError(
+                    f"a {type(module).__name__} of the model {fault}, "
+                    "though it does not for the first examples"
+                )
         return tape
 
     modules, tile = watched(found), settled.tile
-    rights = [list(chunks(len(x2), tile)) if x2 is not None else list(chunks(part.stop, tile))
-              for part in chunks(len(x), tile)]
+    rights = [
+        list(chunks(len(x2), tile)) if x2 is not None else list(chunks(part.stop, tile))
+        for part in chunks(len(x), tile)
+    ]
     with torch.no_grad(), _bar(progress, sum(map(len, rights)) * len(cotangents)) as advance:
         for left_part, parts in zip(chunks(len(x), tile), rights, strict=True):
             left = taped(left_part, x)
@@ -152,8 +176,14 @@ def _fill(result: Tensor, model: nn.Module, found: list[Block], x: Tensor, x2: T
             del left
 
 
-def _summed(found: list[Block], left: Tape, right: Tape | None, dtype: torch.dtype, space: float,
-            cache: dict[object, Tensor]) -> Tensor | None:
+def _summed(
+    found: list[Block],
+    left: Tape,
+    right: Tape | None,
+    dtype: torch.dtype,
+    space: float,
+    cache: dict[object, Tensor],
+) -> Tensor | None:
     """The kernel of two tiles: the parameters' shares added up, None if there are none."""
     K: Tensor | None = None
     for block in found:
@@ -190,16 +220,20 @@ def _check_inputs(x: Tensor, x2: Tensor | None) -> None:
         if value.dim() == 0 or len(value) == 0:
             raise ConfigError(f"{name} has shape {list(value.shape)}; give at least one example, [n, ...]")
     if x2 is not None and (x2.shape[1:] != x.shape[1:] or x2.dtype != x.dtype):
-        raise ConfigError(f"x2 holds examples of shape {list(x2.shape[1:])} and {x2.dtype}, x of "
-                          f"{list(x.shape[1:])} and {x.dtype}; they must be alike")
+        raise ConfigError(
+            f"x2 holds examples of shape {list(x2.shape[1:])} and {x2.dtype}, x of "
+            f"{list(x.shape[1:])} and {x.dtype}; they must be alike"
+        )
 
 
 def _check_batchnorm(model: nn.Module) -> None:
     untracked = {module for module in batchnorm_modules(model) if module.running_mean is None}
     for path, module in model.named_modules():
         if module in untracked:
-            raise KernelError(f"{called(path)} ({type(module).__name__}) has no running statistics, "
-                              "so that batchnorm='running' is undefined")
+            raise KernelError(
+                f"{called(path)} ({type(module).__name__}) has no running statistics, "
+                "so that batchnorm='running' is undefined"
+            )
 
 
 @contextmanager
@@ -210,8 +244,13 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     cuda = [device] if device.type == "cuda" else []
-    with (torch.inference_mode(False), torch.autocast(device.type, enabled=False),
-          torch.random.fork_rng(cuda), preserved(model), evaluation(model)):
+    with (
+        torch.inference_mode(False),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(cuda),
+        preserved(model),
+        evaluation(model),
+    ):
         try:
             yield
         finally:
@@ -226,6 +265,9 @@ def _bar(shown: bool, total: int) -> Iterator[Callable[[], None]]:
     if not shown:
         yield lambda: None
         return
+    from rich.console import Console
+    from rich.progress import Progress
+
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("kernel", total=total)
         yield lambda: bar.advance(task)

@@ -49,8 +49,14 @@ def owners(model: nn.Module, x: Tensor) -> Owners:
         for p in dict.fromkeys(module._parameters.values()):
             if p is not None and id(p) in names:
                 holders[names[id(p)]] += (path,)
-    signature = (holders, [(p.shape, p.dtype, p.device) for p in trained.values()],
-                 [type(module) for module in model.modules()], x.shape[1:], x.dtype, len(x) > 1)
+    signature = (
+        holders,
+        [(p.shape, p.dtype, p.device) for p in trained.values()],
+        [type(module) for module in model.modules()],
+        x.shape[1:],
+        x.dtype,
+        len(x) > 1,
+    )
     if model not in _checked or _checked[model][0] != signature:
         _checked[model] = (signature, _check(model, x[:2], trained, holders))
     return _checked[model][1]
@@ -62,8 +68,10 @@ def _check(model: nn.Module, pair: Tensor, trained: dict[str, nn.Parameter], hol
     alone = [_alone(model, pair[i : i + 1], v, list(trained.values())) for i in range(len(pair))]
     tolerance = _Tolerance(first.dtype, alone, list(trained.values()))
     if not tolerance.outputs_agree(first, torch.cat([output for output, _ in alone])):
-        raise KernelError("the model mixes examples: an output depends on the other examples in the batch, "
-                          "so that the kernel of single examples is undefined")
+        raise KernelError(
+            "the model mixes examples: an output depends on the other examples in the batch, "
+            "so that the kernel of single examples is undefined"
+        )
     owners = dict(holders)
     while True:
         found = blocks(model, owners)
@@ -74,20 +82,31 @@ def _check(model: nn.Module, pair: Tensor, trained: dict[str, nn.Parameter], hol
             return owners
         for name in wrong:
             if owners[name] == ("",):
-                raise KernelError(f"parameter {name!r}: no exact per-example gradient, not even by running "
-                                  f"the whole model on each example ({wrong[name]})")
+                raise KernelError(
+                    f"parameter {name!r}: no exact per-example gradient, not even by running "
+                    f"the whole model on each example ({wrong[name]})"
+                )
             owners[name] = (_enclosing(owners[name]),)
 
 
-def _disagreeing(found: list[Block], tape: Tape, alone: list[tuple[Tensor, list[Tensor | None]]],
-                 trained: dict[str, nn.Parameter], tolerance: _Tolerance) -> dict[str, str]:
+def _disagreeing(
+    found: list[Block],
+    tape: Tape,
+    alone: list[tuple[Tensor, list[Tensor | None]]],
+    trained: dict[str, nn.Parameter],
+    tolerance: _Tolerance,
+) -> dict[str, str]:
     """The parameters that do not act as their blocks assume, and why."""
     wrong: dict[str, str] = {}
     index = {name: i for i, name in enumerate(trained)}
     consumers = _consumers(tape.output)
     for block in found:
-        faults = [fault for module in block.modules for call in tape.calls[module]
-                  if (fault := call.fault(len(tape))) is not None]
+        faults = [
+            fault
+            for module in block.modules
+            for call in tape.calls[module]
+            if (fault := call.fault(len(tape))) is not None
+        ]
         if faults:
             wrong |= dict.fromkeys(block.names, f"its module {faults[0]}")
             continue
@@ -142,8 +161,9 @@ def _inside(call: Call) -> set[Node]:
     return seen
 
 
-def _alone(model: nn.Module, x: Tensor, v: Tensor,
-           parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:
+def _alone(
+    model: nn.Module, x: Tensor, v: Tensor, parameters: list[nn.Parameter]
+) -> tuple[Tensor, list[Tensor | None]]:
     """The outputs of one example run alone, and the gradients of their product with v; None where unused."""
     output = record(model, [], x).output
     if not output.requires_grad:
@@ -160,12 +180,22 @@ class _Tolerance:
     the outputs 8·eps·‖g∘θ‖, what rounding the parameters does to them.
     """
 
-    def __init__(self, dtype: torch.dtype, alone: list[tuple[Tensor, list[Tensor | None]]],
-                 parameters: list[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        alone: list[tuple[Tensor, list[Tensor | None]]],
+        parameters: list[nn.Parameter],
+    ) -> None:
         eps = torch.finfo(dtype).eps
         self._relative = math.sqrt(eps)
-        whole = [[(g.norm(), (g * p.detach()).norm()) for g, p in zip(gradients, parameters, strict=True)
-                  if g is not None] for _, gradients in alone]
+        whole = [
+            [
+                (g.norm(), (g * p.detach()).norm())
+                for g, p in zip(gradients, parameters, strict=True)
+                if g is not None
+            ]
+            for _, gradients in alone
+        ]
         self._gradient_floor = 64 * eps * max(math.hypot(*(float(g) for g, _ in row)) for row in whole)
         self._output_floor = 8 * eps * max(math.hypot(*(float(gp) for _, gp in row)) for row in whole)
 

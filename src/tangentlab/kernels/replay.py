@@ -42,14 +42,16 @@ class Replay:
             warnings.filterwarnings("ignore", message="There is a performance drop")
             if self._vectorized:
                 try:
-                    result: Tensor = vmap(lambda inputs, rows: self._example(call, inputs, rows),
-                                          chunk_size=chunk)(call.inputs, delta)
+                    result: Tensor = vmap(
+                        lambda inputs, rows: self._example(call, inputs, rows), chunk_size=chunk
+                    )(call.inputs, delta)
                     return result
                 except (RuntimeError, ValueError):
                     # No batching rule, a random draw, or control flow that depends on the data.
                     self._vectorized = False
-            return torch.stack([self._example(call, [t[i] for t in call.inputs], rows)
-                                for i, rows in enumerate(delta)])
+            return torch.stack(
+                [self._example(call, [t[i] for t in call.inputs], rows) for i, rows in enumerate(delta)]
+            )
 
     def _example(self, call: Call, inputs: list[Tensor], rows: Tensor) -> Tensor:
         """[R, P] of one example: its inputs [...], its cotangents [R, ...]."""

@@ -31,8 +31,14 @@ def reproducible(model: nn.Module, x: Tensor) -> Tensor:
         if any(not torch.equal(a, b) for a, b in zip(before[module], after, strict=True)):
             culprits.append(module)  # an inner module leaves before those around it
 
-    handles = [handle for module in model.modules() for handle in (
-        module.register_forward_pre_hook(enter, prepend=True), module.register_forward_hook(leave))]
+    handles = [
+        handle
+        for module in model.modules()
+        for handle in (
+            module.register_forward_pre_hook(enter, prepend=True),
+            module.register_forward_hook(leave),
+        )
+    ]
     try:
         first, second = (record(model, [], x).output.detach() for _ in range(2))
     finally:
@@ -40,15 +46,20 @@ def reproducible(model: nn.Module, x: Tensor) -> Tensor:
             handle.remove()
     if culprits:
         path = next(path for path, module in model.named_modules() if module is culprits[0])
-        raise KernelError(f"{called(path)} ({type(culprits[0]).__name__}) draws random numbers in evaluation "
-                          "mode: the kernel of a random function is undefined")
+        raise KernelError(
+            f"{called(path)} ({type(culprits[0]).__name__}) draws random numbers in evaluation "
+            "mode: the kernel of a random function is undefined"
+        )
     bad = int((~first.isfinite()).sum())
     if bad:
-        raise KernelError(f"{bad} of the model's {first.numel()} outputs on the first {len(x)} examples are "
-                          "not finite")
+        raise KernelError(
+            f"{bad} of the model's {first.numel()} outputs on the first {len(x)} examples are not finite"
+        )
     if float((first - second).norm()) > torch.finfo(first.dtype).eps ** 0.5 * float(first.norm()):
-        raise KernelError("two forwards of the model in evaluation mode differ: the kernel of a random "
-                          "function is undefined")
+        raise KernelError(
+            "two forwards of the model in evaluation mode differ: the kernel of a random "
+            "function is undefined"
+        )
     return first
 
 

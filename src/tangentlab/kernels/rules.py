@@ -48,8 +48,9 @@ class Block(Protocol):
         """As a rule's."""
         ...
 
-    def gram(self, left: Tape, right: Tape | None, dtype: torch.dtype, space: float,
-             cache: dict[object, Tensor]) -> Tensor | None:
+    def gram(
+        self, left: Tape, right: Tape | None, dtype: torch.dtype, space: float, cache: dict[object, Tensor]
+    ) -> Tensor | None:
         """K[i,r,j,s] = ⟨G_ir, G_js⟩, [n, R, m, R]; with ``right`` None left with itself, i ≥ j valid.
 
         Args:
@@ -79,8 +80,9 @@ class Bias:
         self.modules = [module]
 
     def gradient(self, tape: Tape, dtype: torch.dtype, space: float) -> Tensor | None:
-        return _total(columns(module, delta).sum(3, dtype=dtype)
-                      for module, _, delta in tape.live(self.modules))
+        return _total(
+            columns(module, delta).sum(3, dtype=dtype) for module, _, delta in tape.live(self.modules)
+        )
 
     def transient(self, tape: Tape) -> int:
         return max((delta[0].numel() for _, _, delta in tape.live(self.modules)), default=0)
@@ -93,8 +95,9 @@ class Scale:
         self.modules = [module]
 
     def gradient(self, tape: Tape, dtype: torch.dtype, space: float) -> Tensor | None:
-        return _total(self._share(module, call, delta, dtype, space)
-                      for module, call, delta in tape.live(self.modules))
+        return _total(
+            self._share(module, call, delta, dtype, space) for module, call, delta in tape.live(self.modules)
+        )
 
     def _share(self, module: Any, call: Call, delta: Tensor, dtype: torch.dtype, space: float) -> Tensor:
         mean, var = (getattr(module, name).to(dtype)[:, None] for name in ("running_mean", "running_var"))
@@ -119,11 +122,13 @@ class Explicit:
         self._rules = rules
 
     def gradient(self, tape: Tape, dtype: torch.dtype, space: float) -> Tensor | None:
-        return _total(share for rule in self._rules
-                      if (share := rule.gradient(tape, dtype, space)) is not None)
+        return _total(
+            share for rule in self._rules if (share := rule.gradient(tape, dtype, space)) is not None
+        )
 
-    def gram(self, left: Tape, right: Tape | None, dtype: torch.dtype, space: float,
-             cache: dict[object, Tensor]) -> Tensor | None:
+    def gram(
+        self, left: Tape, right: Tape | None, dtype: torch.dtype, space: float, cache: dict[object, Tensor]
+    ) -> Tensor | None:
         tapes = [left] if right is None else [left, right]
         rows = max((delta.shape[1] for _, _, delta in left.live(self.modules)), default=0)
         room = space - self._held(max(map(len, tapes)), len(tapes), rows)
@@ -155,8 +160,10 @@ def blocks(model: nn.Module, owners: Mapping[str, tuple[str, ...]]) -> list[Bloc
         else:
             found.append(Explicit([name], parameters[name].numel(), rules))
     for paths, names in replayed.items():
-        replays: list[Rule] = [Replay(module, [_local_names(module, parameters[name])[0] for name in names])
-                               for module in map(model.get_submodule, paths)]
+        replays: list[Rule] = [
+            Replay(module, [_local_names(module, parameters[name])[0] for name in names])
+            for module in map(model.get_submodule, paths)
+        ]
         found.append(Explicit(names, sum(parameters[name].numel() for name in names), replays))
     return found
 

@@ -1,7 +1,7 @@
 """Runs: from a configuration to a folder with metrics, kernels, checkpoints and evaluations."""
 
 from tangentlab.runs.config import RunConfig
-from tangentlab.runs.evaluate import evaluate
+from tangentlab.runs.evaluation import evaluate
 from tangentlab.runs.parsing import load_config, resolve, shipped_configs
 from tangentlab.runs.run import train
 

@@ -175,7 +175,7 @@ class RunConfig:
             raise ConfigError(f"name {self.name!r} is no folder name; use letters, digits and . _ + = -")
         if self.training.batch_size % self.processes:
             raise ConfigError(
-                f"training.batch_size={self.training.batch_size} does not divide by processes={self.processes}"
+                f"training.batch_size={self.training.batch_size} is no multiple of processes={self.processes}"
             )
 
     def to_dict(self) -> dict[str, Any]:

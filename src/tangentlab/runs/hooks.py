@@ -21,7 +21,7 @@ from tangentlab.probes import KernelProbe
 from tangentlab.records import Run
 from tangentlab.runs.build import build_attack
 from tangentlab.runs.config import RunConfig
-from tangentlab.runs.evaluate import checkpoint_path, count_correct
+from tangentlab.runs.evaluation import checkpoint_path, count_correct
 from tangentlab.training import TrainingState, check_parameters, save_checkpoint, save_weights
 
 CHECKPOINT_SECONDS = 300.0

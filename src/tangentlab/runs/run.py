@@ -32,7 +32,7 @@ from tangentlab.runs.build import (
     resolve_device,
 )
 from tangentlab.runs.config import RunConfig
-from tangentlab.runs.evaluate import checkpoint_path, evaluate_checkpoints
+from tangentlab.runs.evaluation import checkpoint_path, evaluate_checkpoints
 from tangentlab.runs.hooks import (
     Checkpointing,
     Display,

@@ -1,0 +1,52 @@
+"""Tables for the terminal: what a run's checkpoints reach, and what several runs show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from tangentlab.records import RunRecord
+from tangentlab.report.subject import subjects
+from tangentlab.report.table import table
+
+
+def evaluations_table(record: RunRecord) -> Table:
+    """A row an evaluation: checkpoint, attack and settings, n, accuracy and 95 % Wilson interval."""
+    drawn = Table(title=f"{record.name}: test accuracy, 95 % interval", title_justify="left")
+    for title in ("checkpoint", "epoch", "attack", "settings", "n", "accuracy", "interval"):
+        drawn.add_column(title, justify="right" if title in ("epoch", "n", "accuracy") else "left")
+    for line in record.evaluations:
+        low, high = line["interval"]
+        drawn.add_row(
+            line["checkpoint"],
+            "–" if line["epoch"] is None else f"{line['epoch']:.1f}",
+            line["attack"],
+            " ".join(f"{key}={value:.4g}" for key, value in line["settings"].items()),
+            str(line["n"]),
+            f"{line['accuracy']:.1%}",
+            f"{low:.1%} – {high:.1%}",
+        )
+    return drawn
+
+
+def runs_table(records: Sequence[RunRecord]) -> Table:
+    """A row a run: last checkpoint's test accuracies, collapse, parting of the kernels, cost, seconds."""
+    drawn = Table(title="Test accuracy of the last checkpoint", title_justify="left")
+    for title in ("training", "clean", "FGSM", "PGD", "collapse", "kernels part", "cost", "time", "probe"):
+        drawn.add_column(title, justify="left" if title == "training" else "right")
+    for run, row in zip(subjects(records), table(subjects(records)), strict=True):
+        drawn.add_row(
+            run.label,
+            *(accuracy.value for accuracy in row.last),
+            row.collapse,
+            "no" if run.parting is None else f"{run.axis} {run.parting:.3g}",
+            row.cost,
+            row.train_time,
+            row.probe_share,
+        )
+    drawn.caption = (
+        "cost: forward equivalents per training example · time: training steps alone · "
+        "probe: its time as a share of theirs"
+    )
+    return drawn
