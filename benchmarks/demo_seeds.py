@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tangentlab.records import RunRecord, environment
 from tangentlab.report.subject import subjects
 from tangentlab.runs import train
@@ -31,9 +29,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 20)))
     parser.add_argument("--methods", nargs="+", default=["fgsm"], choices=METHODS)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     rows = []
     for seed in options.seeds:
         for method in options.methods:

@@ -48,9 +48,7 @@ def test_values_are_the_metrics_of_the_kernels(model: nn.Module, points: tuple[T
     move(model)
     second = probe.measure(model, 10, summed_learning_rate=0.5)
     assert set(second.kernels) == {
-        f"{name}/{kind}"
-        for name in ("clean", "fgsm", "fgsm-once", "pgd", "pgd-once")
-        for kind in ("class", "trace")
+        f"{name}/{kind}" for name in ("clean", "fgsm", "pgd", "pgd-once") for kind in ("class", "trace")
     }
     kernel = tl.ntk(model, points[0], kind="class")
     assert torch.equal(second.kernels["clean/class"], kernel)
@@ -74,7 +72,7 @@ def test_values_are_the_metrics_of_the_kernels(model: nn.Module, points: tuple[T
     assert found["specialization"] == pytest.approx(float(matrix.diagonal().mean()))
     between = metrics.kernel_distance(second.kernels["fgsm/class"], second.kernels["pgd/class"]).mean()
     assert second.values["kernel/fgsm~pgd/class/distance"] == pytest.approx(float(between))
-    assert not any("once~" in key or "~fgsm-once" in key for key in second.values)
+    assert not any("once~" in key or "~pgd-once" in key for key in second.values)
 
 
 def test_inputs_crafted_once_stay_and_those_crafted_anew_follow(

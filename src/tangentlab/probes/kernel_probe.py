@@ -29,9 +29,9 @@ class KernelProbe:
     Args:
         x: [n, ...] examples in [0, 1].
         y: [n] labels; every class should have examples (``data.class_balanced``).
-        inputs: name -> attack that crafts the inputs anew at each snapshot, None for x itself. Beside each
-            attack's inputs, "<name>-once" keeps those of the first snapshot, so that the movement of the
-            kernel and of its inputs can be told apart.
+        inputs: name -> attack that crafts the inputs anew at each snapshot, None for x itself. Beside the
+            last attack's inputs, "<name>-once" keeps those of the first snapshot, so that the movement of
+            the kernel and of its inputs can be told apart.
         kinds: "class" (one kernel an output) and "trace" (their mean).
         seed: of the attacks' noise, which is the same at every snapshot: velocity does not measure noise.
         memory: bound on the kernel engine's working memory.
@@ -151,6 +151,7 @@ class KernelProbe:
     def _craft(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """name -> inputs; crafted in evaluation mode, as the kernel is taken."""
         points: dict[str, Tensor] = {}
+        last = None
         with modes.evaluation(model):
             for name, attack in self.inputs.items():
                 if attack is None:
@@ -158,8 +159,10 @@ class KernelProbe:
                     continue
                 noise = randomness.generator(self.seed, f"probe/{name}", device=x.device)
                 points[name] = attack(model, x, y, generator=noise)
-                once = self._once.setdefault(name, points[name].cpu())
-                points[f"{name}-once"] = once.to(x.device)
+                last = name
+        if last is not None:
+            self._once = self._once or {last: points[last].cpu()}
+            points[f"{last}-once"] = self._once[last].to(x.device)
         return points
 
     def _movement(

@@ -153,6 +153,7 @@ class RunConfig:
         device: auto (cuda where there is one, else cpu), cpu or cuda.
         precision: fp32, or bf16 for training steps in mixed precision; evaluation and kernels are fp32.
         processes: data-parallel processes; each takes its share of the batch.
+        threads: CPU threads of each process; none for PyTorch's own choice. Rounding depends on it.
     """
 
     name: str = "run"
@@ -167,10 +168,12 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     processes: int = 1
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_eps(self.eps)
         _at_least("processes", self.processes, 1)
+        _at_least("threads", self.threads, 1)
         if not re.fullmatch(r"[\w.+=-]+", self.name) or self.name.startswith("."):
             raise ConfigError(f"name {self.name!r} is no folder name; use letters, digits and . _ + = -")
         if self.training.batch_size % self.processes:

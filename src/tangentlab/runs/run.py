@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tangentlab.data import Batches
@@ -82,6 +83,8 @@ def train(
     fabric.launch()
     first = fabric.global_rank == 0
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(config.threads or torch.get_num_threads())
         run = stack.enter_context(_open(folder, config, resume)) if first else None
         try:
             _train(config, folder, run, fabric, resume=resume, allow_import=allow_import, display=display)
