@@ -44,6 +44,16 @@ def test_a_foreign_loop_needs_no_configuration(run_folder: Path) -> None:
     assert record.axis == "step"
     assert record.series("loss") == ([7], [1.0])
     assert record.name == "run"
+    assert record.state == "finished"
+
+
+def test_a_loop_that_fails_is_not_finished(run_folder: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Run.create(run_folder):
+        raise ZeroDivisionError
+    assert read_run(run_folder).state == "killed"
+    with Run.open(run_folder) as run:  # looking at it again does not make it so
+        run.write({"step": 1})
+    assert read_run(run_folder).state == "killed"
 
 
 def test_two_writers_never_share_a_folder(run_folder: Path) -> None:

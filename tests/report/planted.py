@@ -6,6 +6,7 @@ every half epoch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +87,14 @@ def write(folder: Path, plan: Plan, *, finish: bool = True, until: float | None 
         run.write_status(
             state="running", step=step, steps=plan.epochs * STEPS, epoch=epoch, epochs=plan.epochs
         )
-    if finish:
+    with contextlib.suppress(KeyboardInterrupt), run:
+        if not finish:
+            raise KeyboardInterrupt  # what a kill leaves: no last word in status.json
         run.write_evaluations(_evaluations(plan))
         best = {"step": step, "epoch": epoch, "robust_accuracy": plan.robust}
         run.write_status(
             state="finished", step=step, steps=step, epoch=epoch, epochs=plan.epochs, message="", best=best
         )
-    run.close()
     return folder
 
 
