@@ -21,8 +21,8 @@ COLLAPSE_LEAD = 0.2
 # is 0.02.
 LEARNED_MARGIN = 0.05
 
-# Kernel distance between FGSM and PGD inputs above which the two kernels have parted. On digits, networks that
-# are trained with PGD stay below 0.07 and all that are trained with FGSM exceed 0.14 (four seeds each,
+# Kernel distance between FGSM and PGD inputs above which the two kernels have parted. On digits, networks
+# trained with PGD stay below 0.07 and all those trained with FGSM exceed 0.14 (four seeds each,
 # results/demo/calibration.json).
 PARTING_DISTANCE = 0.1
 PARTING_SNAPSHOTS = 3
