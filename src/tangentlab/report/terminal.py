@@ -14,15 +14,15 @@ from tangentlab.report.table import table
 def evaluations_table(record: RunRecord) -> Table:
     """A row an evaluation: checkpoint, attack and settings, n, accuracy and 95 % Wilson interval."""
     drawn = Table(title=f"{record.name}: test accuracy, 95 % interval", title_justify="left")
-    for title in ("checkpoint", "epoch", "attack", "settings", "n", "accuracy", "interval"):
-        drawn.add_column(title, justify="right" if title in ("epoch", "n", "accuracy") else "left")
+    for title in ("checkpoint", "attack", "n", "accuracy", "interval"):
+        drawn.add_column(title, justify="right" if title in ("n", "accuracy") else "left")
     for line in record.evaluations:
         low, high = line["interval"]
+        when = "" if line["epoch"] is None else f", epoch {line['epoch']:.1f}"
+        settings = "".join(f" {key}={value:.3g}" for key, value in line["settings"].items())
         drawn.add_row(
-            line["checkpoint"],
-            "–" if line["epoch"] is None else f"{line['epoch']:.1f}",
-            line["attack"],
-            " ".join(f"{key}={value:.4g}" for key, value in line["settings"].items()),
+            line["checkpoint"] + when,
+            line["attack"] + settings,
             str(line["n"]),
             f"{line['accuracy']:.1%}",
             f"{low:.1%} – {high:.1%}",
@@ -45,8 +45,6 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
             row.train_time,
             row.probe_share,
         )
-    drawn.caption = (
-        "cost: forward equivalents per training example · time: training steps alone · "
-        "probe: its time as a share of theirs"
-    )
+    drawn.caption = "cost: forward equivalents per example; time: training steps; probe: its share of that"
+    drawn.caption_justify = "left"
     return drawn

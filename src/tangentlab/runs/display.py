@@ -28,10 +28,11 @@ class ProgressDisplay:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
+        wide = self.console.width >= 100
         self._bars = Progress(
             TextColumn("[bold]{task.description}"),
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=16),
+            TextColumn("epoch {task.fields[epoch]}" if wide else "{task.fields[epoch]}"),
+            *([BarColumn(bar_width=16)] if wide else []),
             *(TextColumn(f"[dim]{title}[/] {{task.fields[{title}]}}") for title in COLUMNS),
             TimeRemainingColumn(compact=True),
             console=self.console,
@@ -60,6 +61,10 @@ class ProgressDisplay:
         elif state.step and state.step % self._per_epoch == 0:
             line = "  ".join(f"{title} {value}" for title, value in shown.items())
             self.console.print(f"{self._name}  epoch {epoch}  {line}", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self.console.print(f"{self._name}: {text}", highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bars.start()

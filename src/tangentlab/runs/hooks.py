@@ -38,6 +38,10 @@ class Display(Protocol):
         """After each step; ``values`` are the newest of every name recorded so far."""
         ...
 
+    def say(self, text: str) -> None:
+        """One line about the run."""
+        ...
+
 
 @dataclass
 class Log:

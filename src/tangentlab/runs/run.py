@@ -49,6 +49,8 @@ from tangentlab.runs.parsing import build_method, resolve
 from tangentlab.training import Step, StepHook, TrainingState, load_checkpoint
 from tangentlab.training import train as train_loop
 
+LONG_SECONDS = 60.0  # a run from which on the silence of the final evaluation would puzzle
+
 
 def train(
     config: RunConfig,
@@ -146,6 +148,8 @@ def _train(
                 hooks=hooks if fabric.world_size == 1 else [*hooks, lambda _: fabric.barrier()],
             )
             if run is not None and checkpointing is not None:
+                if display is not None and state.seconds["train"] > LONG_SECONDS:
+                    display.say("evaluating the best and last checkpoints on the test set")
                 _finish(config, examples, run, model, state, checkpointing)
     except RuntimeError as error:
         # What PyTorch raises for a network that only fails in training mode or on a full batch.
