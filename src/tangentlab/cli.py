@@ -93,8 +93,8 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from tangentlab.report.terminal import evaluations_table
+    from tangentlab.runs import is_first_process, train
     from tangentlab.runs import parsing as configs
-    from tangentlab.runs import train
     from tangentlab.runs.display import ProgressDisplay
 
     allow = options.allow_import
@@ -118,6 +118,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     out = options.out or (given if (given / "config.yaml").is_file() else None)
     with ProgressDisplay() as display:
         record = train(config, out, resume=options.resume, allow_import=allow, display=display)
+    if not is_first_process():
+        return
     _print(evaluations_table(record))
     _print(f"Run: {record.folder}")
     _print(f"Report: {_write_report([record.folder], None)}")

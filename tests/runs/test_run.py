@@ -193,6 +193,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert record.state == "finished"
     assert len(record.series("train_loss")[1]) == 2
     assert len(record.kernel_steps()) > 1
+    assert done.stdout.count("Report: ") == 1  # one of them speaks
 
 
 def test_an_interval_in_epochs_is_at_least_a_step() -> None:

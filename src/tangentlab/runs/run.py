@@ -102,6 +102,11 @@ def train(
     return read_run(folder)
 
 
+def is_first_process() -> bool:
+    """Whether this process, of those that :func:`train` was started in, is the one that writes and speaks."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def _train(
     config: RunConfig,
     folder: Path,
