@@ -73,7 +73,14 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
         (["--model.widths", "[4]"], "differ in length"),
         (["--model.hidden", "[4]"], "model.hidden=[4] is not of type int"),
         (["--probe.memory", "2 gigs"], "2 gigs"),
-        (["--probe.size", 5], "probe"),
+        (["--probe.size", -1], "probe.size=-1 is out of range; at least 0"),
+        (["--epochs", 3], "setting 'epochs' is unknown; did you mean 'training.epochs'?"),
+        (["--training.learning_rate", "null"], "training.learning_rate is null; leave it out"),
+        (["--training.learning_rate", ".inf"], "training.learning_rate=inf is out of range"),
+        (["--evaluation.every", ".inf"], "evaluation.every=inf is out of range"),
+        (["--seed", "null"], "seed is null"),
+        (["--model.strides", "[0,1]"], "must be at least 1"),
+        (["--model", ":Net"], "no import path; write package.module:Class"),
         (["--training.schedule", "step"], "training.schedule 'step' is unknown"),
         (["--processes", 3], "training.batch_size=40 is no multiple of processes=3"),
         (["--schema", 2], "schema 2 is unknown; this version reads 1"),
@@ -81,7 +88,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 )
 def test_bad_settings(fails: Fails, tmp_path: Path, words: list, message: str) -> None:
     assert message in fails("train", "digits", *TINY, "--out", tmp_path / "run", *words)
-    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert not (tmp_path / "run").exists()  # so that the corrected command can be given
 
 
 def test_eps_may_be_written_as_a_fraction_anywhere(tmp_path: Path) -> None:
@@ -91,6 +98,23 @@ def test_eps_may_be_written_as_a_fraction_anywhere(tmp_path: Path) -> None:
     assert config.method["step_size"] == 2 / 255
     assert load_config(tmp_path / "c.yaml", ["--eps=16/255"]).method["eps"] == 16 / 255
     assert load_config(tmp_path / "c.yaml", ["--method.eps=4/255"]).method["eps"] == 4 / 255
+    # YAML takes 1e-2, without a point, for text.
+    assert load_config("digits", ["--eps=1e-2"]).method == {
+        **load_config("digits").method,
+        "eps": 0.01,
+        "step_size": 0.0025,
+    }
+
+
+def test_another_eps_takes_along_what_was_derived_from_the_first(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(load_config("digits").to_dict()))
+    method = load_config(tmp_path / "c.yaml", ["--eps=0.1"]).method
+    assert (method["eps"], method["step_size"]) == (0.1, 0.025)
+    method = load_config(tmp_path / "c.yaml", ["--method.eps=0.2"]).method
+    assert (method["eps"], method["step_size"]) == (0.2, 0.05)
+    chosen = ["--eps=0.1", "--method.step_size=0.07", "--method.eps=0.3"]
+    method = load_config(tmp_path / "c.yaml", chosen).method
+    assert (method["eps"], method["step_size"]) == (0.3, 0.07)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +172,25 @@ def test_a_folder_that_exists_is_refused_and_untouched(fails: Fails, tmp_path: P
     assert before == after
 
 
+def test_a_lost_checkpoint_does_not_wipe_the_run(fails: Fails, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "digits", *TINY, "--training.epochs=1", "--out", str(out)]) == 0
+    (out / "checkpoints" / "last.safetensors").unlink()
+    before = (out / "metrics.jsonl").read_bytes()
+    assert "came to step 3, but" in fails("train", out, "--resume")
+    assert (out / "metrics.jsonl").read_bytes() == before
+    assert read_run(out).state == "finished"
+
+
+def test_a_report_is_a_file(fails: Fails, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "digits", *TINY, "--training.epochs=1", "--out", str(out)]) == 0
+    assert "is a folder; name the HTML file" in fails("report", out, "--out", tmp_path)
+    assert not (tmp_path / "figures").exists()
+    assert "cannot write" in fails("report", out, "--out", "/dev/null/x.html")
+    assert "File name too long" in fails("train", "digits", *TINY, "--out", tmp_path / ("x" * 300))
+
+
 def test_nan_stops_and_keeps_the_last_good_checkpoint(fails: Fails, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["--training.learning_rate=1e30", "--training.schedule=cyclic", "--model.name=mlp"]
@@ -186,6 +229,7 @@ def test_a_command_that_is_not_one(fails: Fails) -> None:
     assert "is not a folder" in fails("evaluate", "absent")
     assert "is not a folder" in fails("report", "absent")
     assert "0 is out of range" in fails("evaluate", "x", "--num_steps", 0)
+    assert "a is out of range; a whole number" in fails("evaluate", "x", "--num_steps", "a")
 
 
 def test_evaluating_what_has_no_checkpoint(fails: Fails, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> 
 def test_a_run_killed_while_it_was_created_can_be_created_again(run_folder: Path) -> None:
     run_folder.mkdir()
     (run_folder / "environment.json").write_text("{}")
-    (run_folder / ".config.yaml.part").write_text("sch")
+    (run_folder / ".config.yaml.77.part").write_text("sch")
     with Run.create(run_folder, {"name": "again"}):
         pass
     assert read_run(run_folder).name == "again"
@@ -194,7 +194,7 @@ def test_an_unreadable_checkpoint_is_named(tmp_path: Path, content: bytes) -> No
         ("config.yaml", "a: [1", "config.yaml cannot be read"),
         ("config.yaml", "schema: 99", "has schema 99; this version reads 1"),
         ("config.yaml", "- 1", "has schema None"),
-        ("status.json", "{", "status.json cannot be read"),
+        ("metrics.jsonl", "5\n", "a line is no JSON object"),
         ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "metrics.jsonl cannot be read"),
     ],
 )
@@ -203,6 +203,29 @@ def test_a_damaged_run_folder_is_named(run_folder: Path, name: str, content: str
     (run_folder / name).write_text(content)
     with pytest.raises(RunFolderError, match=message):
         read_run(run_folder)
+
+
+def test_what_only_describes_a_run_may_be_damaged(run_folder: Path) -> None:
+    with Run.create(run_folder) as run:
+        run.write({"step": 1})
+    for name in ("status.json", "environment.json"):
+        (run_folder / name).write_text("{")
+    (run_folder / "kernels").mkdir()
+    (run_folder / "kernels" / "².safetensors").write_text("")
+    record = read_run(run_folder)
+    assert "status.json cannot be read" in record.status["message"]
+    assert record.kernel_steps() == []
+    assert record.metrics == [{"step": 1}]
+
+
+def test_a_closed_run_is_not_written_to(run_folder: Path, tmp_path: Path) -> None:
+    run = Run.create(run_folder)
+    run.close()
+    with open(tmp_path / "other", "w") as other:  # takes the number of the file that was closed
+        with pytest.raises(RunFolderError, match="was closed"):
+            run.write({"step": 1})
+        other.flush()
+        assert os.fstat(other.fileno()).st_size == 0
 
 
 def test_yaml_cannot_execute_code(run_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     if rest and options.call is not _train:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if getattr(options, "allow_import", None):
+        sys.path.insert(0, os.getcwd())  # as python -m does; a console script leaves it out
     try:
         call: Callable[..., None] = options.call
         call(options, rest)
@@ -35,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, INTERRUPTED)
     except TangentlabError as error:
         return _fail(error, BAD_INPUT)
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        return _fail(f"{error.filename or 'the output'}: {error.strerror or error}", BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     return 0
@@ -85,8 +93,12 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
     from tangentlab.studies.demo import free_folder, run_demo
 
     out = options.out or free_folder(Path("runs/demo"))
-    with ProgressDisplay() as display:
-        records, report = run_demo(out, seed=options.seed, display=display)
+    try:
+        with ProgressDisplay() as display:
+            records, report = run_demo(out, seed=options.seed, display=display)
+    except InterruptedRunError as error:
+        again = shlex.join(["tangentlab", "demo", "--out", str(out), "--seed", str(options.seed)])
+        raise InterruptedRunError(f"{str(error).partition(';')[0]}; go on with: {again}") from error
     _print(runs_table(records))
     _print(f"Report: {report}")
 
@@ -152,10 +164,9 @@ def _write_report(runs: list[Path], out: Path | None) -> Path:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; a whole number of at least 1")
+    return int(text)
 
 
 def _print(what: Any) -> None:

@@ -67,3 +67,8 @@ def nearest(value: str, names: Iterable[str]) -> str | None:
     known = list(names)
     begins = [name for name in known if value.startswith(name) or (value and name.startswith(value))]
     return next(iter(begins or difflib.get_close_matches(value, known, n=1)), None)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of somebody else's error, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +55,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         StorageError: the disk refused; the old file, if any, is untouched.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    # One name a process: reports may be written by several at once.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -64,7 +66,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise _refused(path, error) from error
 
 
@@ -107,7 +110,12 @@ class Run:
         self.folder = folder
         self._lock = lock
         self._unfinished = False
-        self._metrics = os.open(folder / "metrics.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        try:
+            path = folder / "metrics.jsonl"
+            self._metrics = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        except OSError as error:
+            lock.release()
+            raise _refused(path, error) from error
 
     @classmethod
     def create(cls, folder: str | Path, config: Mapping[str, Any] | None = None) -> Self:
@@ -157,10 +165,20 @@ class Run:
             raise RunFolderError(f"{folder} is in use by another process") from error
         except OSError as error:
             raise _refused(folder, error) from error
-        return cls(folder, lock)
+        run = cls(folder, lock)
+        # What a killed writer was about to rename; nobody else writes here now.
+        for torn in (
+            *folder.glob(".*.part"),
+            *folder.glob("checkpoints/.*.part"),
+            *folder.glob("kernels/.*.part"),
+        ):
+            torn.unlink(missing_ok=True)
+        return run
 
     def write(self, record: Measurement | Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl, a measurement's kernels to kernels/<step>.safetensors first."""
+        if self._metrics < 0:
+            raise RunFolderError(f"{self.folder} was closed; Run.open it to write more")
         if isinstance(record, Measurement):
             if record.kernels:
                 write_tensors(kernel_path(self.folder, record.step), record.kernels, {"step": record.step})
@@ -211,7 +229,10 @@ class Run:
     def truncate_metrics(self, size: int) -> None:
         """Cut metrics.jsonl to ``size`` bytes."""
         if os.fstat(self._metrics).st_size < size:
-            raise RunFolderError(f"{self.folder}/metrics.jsonl is shorter than its checkpoint remembers")
+            raise RunFolderError(
+                f"{self.folder}/metrics.jsonl is shorter than its checkpoint remembers: lines are lost "
+                "and the run cannot go on; give another --out"
+            )
         os.ftruncate(self._metrics, size)
 
     def close(self) -> None:
@@ -223,6 +244,7 @@ class Run:
                 self.write_status(**{**_read_json(self.folder / "status.json"), "state": "finished"})
         finally:
             os.close(self._metrics)
+            self._metrics = -1  # the number may be another file's by the next write
             self._lock.release()
 
     def __enter__(self) -> Self:
@@ -267,9 +289,9 @@ class RunRecord:
 
     @cached_property
     def state(self) -> str:
-        """running, finished, interrupted, failed; killed when it says running and nobody holds the folder."""
+        """running, evaluating, finished, interrupted or failed; killed where nobody holds a running one."""
         state = str(self.status.get("state", "running"))
-        return "killed" if state == "running" and not in_use(self.folder) else state
+        return "killed" if state in ("running", "evaluating") and not in_use(self.folder) else state
 
     @property
     def axis(self) -> str:
@@ -306,7 +328,7 @@ def read_run(folder: str | Path) -> RunRecord:
         config = yaml.safe_load((folder / "config.yaml").read_text())
     except FileNotFoundError as error:
         raise RunFolderError(f"{folder} is not a run folder: it holds no config.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RunFolderError(f"{folder}/config.yaml cannot be read: {_one_line(error)}") from error
     if not isinstance(config, dict) or config.get("schema") != SCHEMA:
         found = config.get("schema") if isinstance(config, dict) else None
@@ -328,7 +350,7 @@ def kernel_path(folder: Path, step: int) -> Path:
 
 def kernel_steps(folder: Path) -> list[int]:
     """Steps of the snapshots in the folder, ascending."""
-    return sorted(int(p.stem) for p in (folder / "kernels").glob("*.safetensors") if p.stem.isdigit())
+    return sorted(int(p.stem) for p in (folder / "kernels").glob("*.safetensors") if p.stem.isdecimal())
 
 
 def environment() -> dict[str, Any]:
@@ -397,24 +419,27 @@ def _yaml(value: Mapping[str, Any]) -> bytes:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; a damaged one says so, and keeps nobody from reading the rest of the run."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise RunFolderError(f"{path} cannot be read: {_one_line(error)}") from error
-    return value if isinstance(value, dict) else {}
+    except (OSError, ValueError) as error:
+        return {"message": f"{path.name} cannot be read: {_one_line(error)}"}
+    return value if isinstance(value, dict) else {"message": f"{path.name} holds no JSON object"}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    # Split at b"\n" alone, and drop what follows the last one: a line is a line when it is whole.
-    lines = path.read_bytes().split(b"\n")[:-1]
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        # Split at b"\n" alone, and drop what follows the last one: a line is a line when it is whole.
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {_one_line(error)}") from error
+    if not all(isinstance(line, dict) for line in lines):
+        raise RunFolderError(f"{path} cannot be read: a line is no JSON object")
+    return lines
 
 
 def _flush_folder(folder: Path) -> None:

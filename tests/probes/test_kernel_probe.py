@@ -133,14 +133,61 @@ def test_a_resumed_probe_goes_on(model: nn.Module, points: tuple[Tensor, Tensor]
 
 def test_bad_settings_are_named(model: nn.Module, points: tuple[Tensor, Tensor]) -> None:
     x, y = points
-    with pytest.raises(ConfigError, match=r"y \(8,\); y must be \[n\]"):
+    with pytest.raises(ConfigError, match=r"y \(8,\) torch.int64; y must hold the labels \[n\]"):
         tl.KernelProbe(x, y[:-1])
     with pytest.raises(ConfigError, match="kind 'clas' is unknown; did you mean 'class'"):
         tl.KernelProbe(x, y, kinds=("clas",))
     with pytest.raises(ConfigError, match="inputs name 'a~b'"):
         tl.KernelProbe(x, y, inputs={"a~b": None})
-    with pytest.raises(KernelError, match="2"):
-        tl.KernelProbe(x, y % 2).measure(model, 0)  # class 2 has no example
+    with pytest.raises(ConfigError, match="inputs name 'pgd-once'"):
+        tl.KernelProbe(x, y, inputs={"pgd-once": None})
+    with pytest.raises(ConfigError, match="y must hold the labels"):
+        tl.KernelProbe(x, y.float())
+    with pytest.raises(ConfigError, match="y holds the label 3; the model has 3 outputs"):
+        tl.KernelProbe(x, y + 1).measure(model, 0)
+    with pytest.raises(ConfigError, match="x is a list"):
+        tl.KernelProbe([1.0], y)  # type: ignore[arg-type]
+    with pytest.raises(KernelError, match="no parameters"):
+        tl.KernelProbe(x, y).measure(nn.Flatten(), 0)
+
+
+def test_specialization_is_left_out_where_a_class_has_no_example(
+    model: nn.Module, points: tuple[Tensor, Tensor]
+) -> None:
+    values = tl.KernelProbe(points[0], points[1] % 2).measure(model, 0).values
+    assert "kernel/clean/class/target_alignment" in values
+    assert not any("specialization" in name for name in values)
+
+
+@pytest.mark.parametrize("context", ["autocast", "inference", "no_grad"])
+def test_the_callers_context_does_not_matter(
+    model: nn.Module, points: tuple[Tensor, Tensor], context: str
+) -> None:
+    expected = tl.KernelProbe(*points, inputs=attacks()).measure(model, 0)
+    contexts = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "inference": torch.inference_mode,
+        "no_grad": torch.no_grad,
+    }
+    with contexts[context]():
+        found = tl.KernelProbe(*points, inputs=attacks()).measure(model, 0)
+    assert all(torch.equal(found.kernels[name], kernel) for name, kernel in expected.kernels.items())
+
+
+def test_the_probes_tensors_are_its_own(model: nn.Module, points: tuple[Tensor, Tensor]) -> None:
+    x, y = (tensor.clone() for tensor in points)
+    probe = tl.KernelProbe(x, y)
+    first = probe.measure(model, 0)
+    x.zero_()
+    first.kernels["clean/class"].zero_()
+    assert probe.measure(model, 1).values["kernel/clean/class/distance_from_first"] == 0
+
+
+def test_the_precision_is_the_models(model: nn.Module, points: tuple[Tensor, Tensor]) -> None:
+    single = tl.KernelProbe(*points, inputs=attacks()).measure(model, 0).kernels["pgd/class"]
+    double = tl.KernelProbe(*points, inputs=attacks()).measure(model.double(), 0).kernels["pgd/class"]
+    assert double.dtype == torch.float64
+    assert torch.allclose(single.double(), double, rtol=1e-3, atol=1e-4 * float(double.max()))
 
 
 def test_the_mode_does_not_matter_and_nan_is_an_error(

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import tangentlab as tl
-from tangentlab.errors import ConfigError, ModelError
+from tangentlab.errors import ConfigError, InterruptedRunError, ModelError
 from tangentlab.records import read_run, read_tensors
-from tangentlab.runs import RunConfig, load_config, resolve, shipped_configs, train
+from tangentlab.runs import RunConfig, hooks, load_config, resolve, shipped_configs, train
 from tangentlab.runs.build import build_data, build_model, every_steps
 from tangentlab.runs.evaluation import count_correct
 from tiny import TINY
@@ -151,6 +151,87 @@ def test_any_module_by_import_path(attribute: str, tmp_path: Path) -> None:
     assert record.config["model"]["units"] == 5
     with pytest.raises(ConfigError, match=r"'model.unit' is unknown; did you mean 'model.units'\?"):
         load_config("digits", [*OWN, f"--model={name}", "--model.unit=5"], allow_import=[__name__])
+
+
+class Unusual(nn.Module):
+    """A model whose constructor takes a class, and something untyped."""
+
+    def __init__(self, units=6, act: type[nn.Module] = nn.ReLU, fail: str = "", stage: str = "") -> None:
+        super().__init__()
+        if fail == "build":
+            raise KeyError("nothing here")
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, units), act(), nn.Dropout(), nn.Linear(units, 10)
+        )
+        self.fail = fail
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fail == "forward" or (self.fail == "training" and self.training):
+            raise ValueError
+        return self.layers(x)
+
+    def get_extra_state(self) -> object:
+        return {"fail": 1} if self.fail == "state" else torch.zeros(1)
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        ("build", "cannot be built: 'nothing here'"),
+        ("forward", "fails on inputs of shape .*: ValueError"),
+        ("training", "training fails at step 0: ValueError"),
+        ("state", "the model's state '_extra_state' is a dict; checkpoints hold tensors"),
+    ],
+)
+def test_somebody_elses_errors_are_one_line(fail: str, message: str, tmp_path: Path) -> None:
+    words = [*OWN, f"--model={__name__}:Unusual", f"--model.fail={fail}"]
+    config = load_config("digits", words, allow_import=[__name__])
+    with pytest.raises(ModelError, match=message):
+        train(config, tmp_path / "run", allow_import=[__name__])
+
+
+def test_a_setting_that_takes_a_class_cannot_be_set(tmp_path: Path) -> None:
+    (tmp_path / "side.py").write_text("raise SystemExit('executed')")
+    words = [*OWN, f"--model={__name__}:Unusual", "--model.act=side.A"]
+    with pytest.raises(ConfigError, match="'model.act' is unknown"):
+        load_config("digits", words, allow_import=[__name__])
+
+
+def test_dropout_follows_the_seed_and_survives_a_resume(tmp_path: Path) -> None:
+    words = [*OWN, f"--model={__name__}:Unusual", "--training.epochs=2"]
+    config = load_config("digits", words, allow_import=[__name__])
+
+    def weights(name: str) -> bytes:
+        tensors, _ = read_tensors(tmp_path / name / "checkpoints" / "last.safetensors")
+        return b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    train(config, tmp_path / "whole", allow_import=[__name__])
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks.Interruption, "asked", True, raising=False)
+        patch.setattr(hooks.Interruption, "__init__", lambda self: None)
+        with pytest.raises(InterruptedRunError, match=f"--resume --allow-import {__name__}"):
+            train(config, tmp_path / "broken", allow_import=[__name__])
+    torch.manual_seed(2)
+    train(config, tmp_path / "broken", resume=True, allow_import=[__name__])
+    assert weights("whole") == weights("broken")
+
+
+def test_a_network_that_dies_is_trained_to_the_end_with_the_probe_too(
+    tiny_config: Make, tmp_path: Path
+) -> None:
+    words = ["--training.learning_rate=100", "--model.hidden=4", "--training.weight_decay=0.009"]
+    runs = [
+        train(tiny_config(*words, f"--probe.size={size}"), tmp_path / f"probe {size}") for size in (20, 0)
+    ]
+    assert [run.state for run in runs] == ["finished", "finished"]
+    assert runs[0].series("train_loss") == runs[1].series("train_loss")
 
 
 def test_a_model_with_another_output_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,6 @@ class FGSM:
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """x + eps·sign ∇ₓL(x, y), clipped to [0, 1]; nothing is drawn from ``generator``."""
-        with crafting(model):
+        with crafting(model, x) as x:
             gradient = input_gradient(model, x, y)
         return project(x + self.eps * gradient.sign(), x, self.eps)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tangentlab.attacks.threat import (
     Passes,
     check_eps,
     check_generator,
     crafting,
+    cross_entropies,
     input_gradient,
     project,
     uniform_start,
@@ -73,7 +73,7 @@ class PGD:
         """
         if self.random_start:
             generator = check_generator(generator)
-        with crafting(model):
+        with crafting(model, x) as x:
             best = self._climb(model, x, y, generator)
             if self.num_restarts == 1:
                 return best
@@ -97,5 +97,4 @@ class PGD:
 
 @torch.no_grad()
 def _losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each example, [n]."""
-    return F.cross_entropy(model(x).float(), y, reduction="none")
+    return cross_entropies(model(x), y)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -58,7 +58,9 @@ class Attack(Protocol):
 
 
 def check_eps(eps: float, name: str = "eps") -> None:
-    """Raise ConfigError unless 0 < eps ≤ 1; 8 is taken for a forgotten /255."""
+    """Raise ConfigError unless eps is a number, 0 < eps ≤ 1; 8 is taken for a forgotten /255."""
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+        raise ConfigError(f"{name}={eps!r} is not a number")
     if not 0 < eps <= 1:
         hint = f"; inputs are in [0, 1]: write {eps:g}/255" if 1 < eps <= 255 else ""
         raise ConfigError(f"{name}={eps:g} is out of range (0, 1]{hint}")
@@ -79,26 +81,37 @@ def project(x_adv: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def uniform_start(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """x + U(−eps, eps), clipped to the box; drawn on the generator's device."""
-    noise = torch.rand(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
-    return (x + (2 * noise.to(x.device) - 1) * eps).clamp_(0.0, 1.0)
+    """x + U(−eps, eps), clipped to the box; drawn on the generator's device, in fp32 for every precision."""
+    noise = torch.rand(x.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    return (x + (2 * noise.to(x) - 1) * eps).clamp_(0.0, 1.0)
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """∇ₓ of the summed cross-entropy; the parameters' gradients are neither computed nor touched."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_(True)
         # Summed, so that one example's gradient does not depend on the size of the batch.
-        loss = F.cross_entropy(model(leaf).float(), y, reduction="sum")
+        # Copies in normal mode, because tensors made in inference mode cannot be saved for a backward.
+        loss = cross_entropies(model(leaf), y.clone()).sum()
         (gradient,) = torch.autograd.grad(loss, leaf)
     return gradient.detach()
 
 
+def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each example, [n], in fp32 at least, whatever precision the logits come in."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="none")
+
+
 @contextmanager
-def crafting(model: nn.Module) -> Iterator[None]:
-    """The model in the mode it is in, every buffer put back at the end; on request BatchNorm's move."""
-    if modes.updates_buffers(model):
-        yield
-        return
-    with modes.buffers_kept(model), modes.batchnorm(model, update=False):
-        yield
+def crafting(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """The model in the mode it is in, and x without its graph, for an attack.
+
+    Every buffer is put back at the end, BatchNorm's unless the caller asked for updates; so is the global
+    random state that layers such as dropout draw from in training mode.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([x.device] if x.device.type == "cuda" else []))
+        if not modes.updates_buffers(model):
+            stack.enter_context(modes.buffers_kept(model))
+            stack.enter_context(modes.batchnorm(model, update=False))
+        yield x.detach()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from tangentlab.errors import ModelError, unknown_choice
+from tangentlab.errors import ModelError, first_line, unknown_choice
 from tangentlab.models.mlp import MLP
 from tangentlab.models.preactresnet import PreActResNet18
 from tangentlab.models.small_cnn import SmallCNN
@@ -50,12 +50,14 @@ def model_class(name: str, allow_import: Iterable[str] = ()) -> type[nn.Module] 
         raise ModelError(unknown_choice("model", name, [*MODELS, "package.module:Class"]))
     module_name, _, attribute = name.partition(":")
     package = module_name.split(".")[0]
+    if not package or not attribute:
+        raise ModelError(f"model {name!r} is no import path; write package.module:Class")
     if package not in set(allow_import):
         raise ModelError(f"model {name!r} runs code of the package {package!r}: add --allow-import {package}")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"model {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # somebody else's module may raise anything
+        raise ModelError(f"model {name!r} cannot be imported: {first_line(error)}") from error
     if not callable(found):
         raise ModelError(f"model {name!r} is a {type(found).__name__}, not a class or function")
     return found  # type: ignore[no-any-return]
@@ -68,8 +70,8 @@ def check_output(model: nn.Module, x: Tensor, num_classes: int) -> None:
     try:
         with torch.no_grad():
             output = model(x)
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # somebody else's forward may raise anything
+        reason = first_line(error)
         raise ModelError(f"the model fails on inputs of shape {tuple(x.shape)}: {reason}") from error
     finally:
         model.train(training)

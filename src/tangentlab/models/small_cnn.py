@@ -36,6 +36,8 @@ class SmallCNN(nn.Module):
         super().__init__()
         if len(widths) != len(strides):
             raise ConfigError(f"widths {widths} and strides {strides} differ in length")
+        if min((*widths, *strides, 1)) < 1:
+            raise ConfigError(f"widths {widths} and strides {strides} must be at least 1")
         channels, height, width = input_shape
         layers: list[nn.Module] = []
         for out, stride in zip(widths, strides, strict=True):

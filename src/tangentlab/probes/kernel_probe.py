@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from tangentlab import metrics, modes, randomness
 from tangentlab.attacks import Attack
-from tangentlab.errors import ConfigError, unknown_choice
+from tangentlab.errors import ConfigError, KernelError, ModelError, unknown_choice
 from tangentlab.kernels import ntk
+from tangentlab.kernels.memory import bytes_of
 from tangentlab.records import Measurement
 
 KINDS = ("class", "trace")
+ONCE = "-once"  # ends the name of inputs that were crafted at the first snapshot and kept
 TOP = 10  # eigenvalues that are recorded, and that the top mass sums
 
 
@@ -28,7 +30,7 @@ class KernelProbe:
 
     Args:
         x: [n, ...] examples in [0, 1].
-        y: [n] labels; every class should have examples (``data.class_balanced``).
+        y: [n] labels; specialization is recorded only if every class has an example.
         inputs: name -> attack that crafts the inputs anew at each snapshot, None for x itself. Beside the
             last attack's inputs, "<name>-once" keeps those of the first snapshot, so that the movement of
             the kernel and of its inputs can be told apart.
@@ -61,20 +63,25 @@ class KernelProbe:
         seed: int = 0,
         memory: str | int = "2GiB",
     ) -> None:
-        if len(x) != len(y) or y.dim() != 1:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise ConfigError(f"x is a {type(x).__name__} and y a {type(y).__name__}; both must be tensors")
+        if len(x) != len(y) or y.dim() != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
             raise ConfigError(
-                f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; y must be [n] for x [n, ...]"
+                f"x has shape {tuple(x.shape)} and y {tuple(y.shape)} {y.dtype}; y must hold the labels [n] "
+                "of x [n, ...], integers from 0"
             )
+        kinds = (kinds,) if isinstance(kinds, str) else kinds
         if not kinds or set(kinds) - set(KINDS):
             raise ConfigError(unknown_choice("kind", next(iter(set(kinds) - set(KINDS)), None), KINDS))
-        self.x, self.y = x, y
+        # Copies: the probe's examples stay the same whatever the caller does with theirs.
+        self.x, self.y = x.detach().clone(), y.detach().long().clone()
         self.inputs: dict[str, Attack | None] = dict(inputs) if inputs else {"clean": None}
         for name in self.inputs:
-            if not name or set(name) & set("/~"):
-                raise ConfigError(f"inputs name {name!r} is empty or holds '/' or '~'")
+            if not name or set(name) & set("/~") or name.endswith(ONCE):
+                raise ConfigError(f"inputs name {name!r} is empty, holds '/' or '~', or ends in '{ONCE}'")
         self.kinds = tuple(kinds)
         self.seed = seed
-        self.memory = memory
+        self.memory = bytes_of(memory)
         self._once: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
         self._previous: dict[str, Tensor] = {}
@@ -96,13 +103,12 @@ class KernelProbe:
         """
         if self._previous and step <= self._step:
             raise ConfigError(f"step={step} does not follow the last snapshot's, {self._step}")
-        device = next(model.parameters()).device
-        x, y = self.x.to(device), self.y.to(device)
+        x, y = self._placed(model)
         crafted = self._craft(model, x, y)
         values: dict[str, Any] = {}
         kernels: dict[str, Tensor] = {}
         for name, points in crafted.items():
-            twin = name.removesuffix("-once")
+            twin = name.removesuffix(ONCE)
             if twin != name and not self._previous:  # at the first snapshot the two are the same
                 kernels |= {f"{name}/{kind}": kernels[f"{twin}/{kind}"] for kind in self.kinds}
                 continue
@@ -121,8 +127,8 @@ class KernelProbe:
             for kind in self.kinds:
                 distance = metrics.kernel_distance(kernels[f"{a}/{kind}"], kernels[f"{b}/{kind}"])
                 values[f"kernel/{a}~{b}/{kind}/distance"] = float(distance.mean())
-        self._first = self._first or kernels
-        self._previous = kernels
+        self._previous = {name: kernel.clone() for name, kernel in kernels.items()}
+        self._first = self._first or self._previous
         self._step = step
         self._summed_learning_rate = summed_learning_rate or 0.0
         return Measurement(step=step, values=values, kernels=kernels)
@@ -148,11 +154,33 @@ class KernelProbe:
                 groups[group][name] = tensor
         self._once, self._first, self._previous = groups["once"], groups["first"], groups["previous"]
 
+    def _placed(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """The examples on the model's device, floats in its precision, and the labels; checked against it."""
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            raise KernelError("the model has no parameters: the kernel has nothing to be taken over")
+        x = self.x.to(parameter.device)
+        x = x.to(parameter.dtype) if x.is_floating_point() else x
+        with modes.evaluation(model), torch.no_grad():
+            output = model(x[:1])
+        if not isinstance(output, Tensor) or output.dim() != 2:
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ModelError(f"the model returns {found}, not [n, C]")
+        if int(self.y.max()) >= output.shape[1]:
+            raise ConfigError(
+                f"y holds the label {int(self.y.max())}; the model has {output.shape[1]} outputs"
+            )
+        return x, self.y.to(parameter.device)
+
     def _craft(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """name -> inputs; crafted in evaluation mode, as the kernel is taken."""
         points: dict[str, Tensor] = {}
         last = None
-        with modes.evaluation(model):
+        with (
+            modes.evaluation(model),
+            torch.inference_mode(False),
+            torch.autocast(x.device.type, enabled=False),
+        ):
             for name, attack in self.inputs.items():
                 if attack is None:
                     points[name] = x
@@ -162,7 +190,7 @@ class KernelProbe:
                 last = name
         if last is not None:
             self._once = self._once or {last: points[last].cpu()}
-            points[f"{last}-once"] = self._once[last].to(x.device)
+            points[last + ONCE] = self._once[last].to(x.device)
         return points
 
     def _movement(
@@ -197,7 +225,8 @@ def _describe(kernel: Tensor, y: Tensor) -> dict[str, Any]:
         "top_mass": float(spectrum.top_mass(min(TOP, kernel.shape[-1])).mean()),
         "target_alignment": float(metrics.kernel_target_alignment(kernel, y).mean()),
     }
-    if kernel.dim() == 3:
+    # Specialization compares a class kernel with its class's examples; without some there is none to tell.
+    if kernel.dim() == 3 and len(y.unique()) == len(kernel):
         matrix = metrics.kernel_specialization(kernel, y)
         described["specialization_matrix"] = matrix.tolist()
         described["specialization"] = float(metrics.specialization_score(matrix))

@@ -23,7 +23,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
         ``out``.
 
     Raises:
-        RunFolderError: no run given, or a folder that is not a run.
+        RunFolderError: no run given, a folder that is not a run, or an ``out`` that is a folder.
         CheckpointError: a kernel file cannot be read.
         StorageError: the disk refused.
     """

@@ -36,6 +36,8 @@ def write_page(runs: Sequence[Path], out: Path) -> Path:
     """Write the page to ``out`` and its figures to the folder figures/ beside it."""
     if not runs:
         raise RunFolderError("a report needs at least one run folder; none was given")
+    if out.is_dir() or not out.name:
+        raise RunFolderError(f"{out} is a folder; name the HTML file to write, such as {out / 'report.html'}")
     subjects_ = subjects([read_run(run) for run in runs])
     figures = [make(subjects_) for make in FIGURES]
     for figure in figures:

@@ -17,6 +17,8 @@ def evaluations_table(record: RunRecord) -> Table:
     for title in ("checkpoint", "attack", "n", "accuracy", "interval"):
         drawn.add_column(title, justify="right" if title in ("n", "accuracy") else "left")
     for line in record.evaluations:
+        if not {"checkpoint", "epoch", "attack", "settings", "n", "accuracy", "interval"} <= line.keys():
+            continue  # a line that is not evaluate's
         low, high = line["interval"]
         when = "" if line["epoch"] is None else f", epoch {line['epoch']:.1f}"
         settings = "".join(f" {key}={value:.3g}" for key, value in line["settings"].items())

@@ -11,7 +11,7 @@ from torch import nn
 
 from tangentlab import data, randomness
 from tangentlab.attacks import FGSM, PGD, Attack
-from tangentlab.errors import ConfigError, ModelError
+from tangentlab.errors import ConfigError, ModelError, TangentlabError, first_line
 from tangentlab.models import Normalize, check_output, model_class
 from tangentlab.probes import KernelProbe
 from tangentlab.runs.config import RunConfig
@@ -65,8 +65,12 @@ def build_model(
         torch.manual_seed(randomness.derive_seed(config.seed, "initialization"))
         try:
             model = chosen(**settings, **{name: given[name] for name in accepted})
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(f"model {config.model['name']!r} cannot be built: {error}") from error
+        except TangentlabError:
+            raise
+        except Exception as error:  # somebody else's constructor may raise anything
+            raise ModelError(
+                f"model {config.model['name']!r} cannot be built: {first_line(error)}"
+            ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {config.model['name']!r} makes a {type(model).__name__}, not an nn.Module")
     if config.data.normalize:
@@ -107,11 +111,6 @@ def build_probe(config: RunConfig, examples: Examples) -> KernelProbe | None:
     """The probe on class-balanced training examples: clean, FGSM and PGD inputs; None for size 0."""
     if not config.probe.size:
         return None
-    if config.probe.size < examples.dataset.num_classes:
-        raise ConfigError(
-            f"probe.size={config.probe.size} is out of range; an example for each of the "
-            f"{examples.dataset.num_classes} classes, or 0 for no probe"
-        )
     index = data.class_balanced(examples.train.labels, config.probe.size, seed=config.seed)
     attacks: Mapping[str, Attack | None] = {
         "clean": None,

@@ -5,6 +5,7 @@ Where one comes from, YAML, dotted overrides or plain values, is parsing.py's ma
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -77,11 +78,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _at_least("training.epochs", self.epochs, 1)
         _at_least("training.batch_size", self.batch_size, 2)
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"training.learning_rate={self.learning_rate} is out of range; above 0")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"training.momentum={self.momentum} is out of range [0, 1)")
-        if not self.weight_decay >= 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"training.weight_decay={self.weight_decay} is out of range; at least 0")
         if self.schedule not in SCHEDULES:
             raise ConfigError(unknown_choice("training.schedule", self.schedule, SCHEDULES))
@@ -106,7 +107,7 @@ class EvaluationConfig:
     test_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.every > 0:
+        if not 0 < self.every < math.inf:
             raise ConfigError(f"evaluation.every={self.every} is out of range; above 0")
         for name in ("num_steps", "test_num_steps", "test_num_restarts", "test_size"):
             _at_least(f"evaluation.{name}", getattr(self, name), 1)
@@ -131,7 +132,7 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         _at_least("probe.size", self.size, 0)
         _at_least("probe.num_steps", self.num_steps, 1)
-        if not self.every > 0:
+        if not 0 < self.every < math.inf:
             raise ConfigError(f"probe.every={self.every} is out of range; above 0")
 
 
@@ -174,7 +175,11 @@ class RunConfig:
         check_eps(self.eps)
         _at_least("processes", self.processes, 1)
         _at_least("threads", self.threads, 1)
-        if not re.fullmatch(r"[\w.+=-]+", self.name) or self.name.startswith("."):
+        if (
+            not isinstance(self.name, str)
+            or not re.fullmatch(r"[\w.+=-]+", self.name)
+            or self.name.startswith(".")
+        ):
             raise ConfigError(f"name {self.name!r} is no folder name; use letters, digits and . _ + = -")
         if self.training.batch_size % self.processes:
             raise ConfigError(

@@ -105,7 +105,11 @@ class Evaluation:
 
 @dataclass
 class Probing:
-    """Measures the kernel every ``every`` steps."""
+    """Measures the kernel every ``every`` steps.
+
+    It only watches: where a kernel cannot be measured any more (a network that has died has none), the log
+    says so and training goes on. A first snapshot that fails is a wrong setting, and an error.
+    """
 
     probe: KernelProbe
     log: Log
@@ -121,7 +125,10 @@ class Probing:
                     state.model, state.step, summed_learning_rate=state.summed_learning_rate
                 )
             except KernelError as error:
-                raise KernelError(f"{error}, at step {state.step}; training stops") from error
+                if state.step == 0:
+                    raise
+                self.log.write(state.step, {"probe_error": str(error)})
+                return
             values = {"epoch": self.log.epoch(state.step), **measurement.values}
             self.log.run.write(type(measurement)(state.step, values, measurement.kernels))
             self.log.newest.update(measurement.values)
@@ -204,6 +211,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked = False
+        self.at_once = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -213,7 +221,7 @@ class Interruption:
             return
 
         def ask(number: int, _: object) -> None:
-            if self.asked:
+            if self.asked or self.at_once:
                 raise KeyboardInterrupt
             self.asked = True
 

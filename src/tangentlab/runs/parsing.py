@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from tangentlab.errors import ConfigError, TangentlabError, nearest, unknown_choice
+from tangentlab.errors import ConfigError, ModelError, TangentlabError, first_line, nearest, unknown_choice
 from tangentlab.models import model_class
 from tangentlab.records import SCHEMA
 from tangentlab.runs.config import RunConfig
@@ -28,6 +29,8 @@ SECTIONS = ("data", "training", "evaluation", "probe")
 CHOSEN = ("model", "method")
 # What a model's constructor is given by the data set and not by the configuration.
 FROM_DATA = {"input_shape", "num_classes"}
+PLAIN = (int, float, str, list, tuple, type(None))
+NUMBER = r"\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
 
 
 def shipped_configs() -> list[str]:
@@ -52,7 +55,8 @@ def load_config(
     Raises:
         ConfigError: no such file, unknown key, wrong type, out of range.
     """
-    return resolve(merge(read_yaml(source), parse_overrides(overrides)), allow_import=allow_import)
+    values, over = read_yaml(source), parse_overrides(overrides)
+    return resolve(merge(_underived(values, over), over), allow_import=allow_import)
 
 
 def resolve(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> RunConfig:
@@ -61,12 +65,13 @@ def resolve(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> R
     >>> resolve({"eps": "8/255", "method": {"name": "pgd"}}).method["step_size"] == 2 / 255
     True
     """
-    values = {str(key): _ratios(value) for key, value in values.items()}
+    values = {str(key): _numbers(str(key), value) for key, value in values.items()}
     schema = values.pop("schema", SCHEMA)
     if schema != SCHEMA:
         raise ConfigError(f"schema {schema!r} is unknown; this version reads {SCHEMA}")
     parser = config_parser(values, allow_import=allow_import)
     _check_keys(values, _known_keys(parser))
+    _check_null(values, parser.get_defaults())
     try:
         parsed = parser.parse_object(values).as_dict()
     except TangentlabError:
@@ -107,10 +112,10 @@ def config_parser(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()
         if entry.name in CHOSEN:
             name = model_name if entry.name == "model" else method_name
             chosen: Any = model_class(name, allow_import) if entry.name == "model" else METHODS[name]
-            skip: set[str | int] = {key for key in FROM_DATA if key in inspect.signature(chosen).parameters}
+            skip = _not_settable(chosen, name)
             parser.add_argument(f"--{entry.name}.name", type=str, default=name, help=described[entry.name])
             add = parser.add_class_arguments if inspect.isclass(chosen) else parser.add_function_arguments
-            add(chosen, entry.name, skip=skip, as_group=True)
+            add(chosen, entry.name, skip=skip, as_group=True, fail_untyped=False)
         elif entry.name in SECTIONS:
             parser.add_class_arguments(type(getattr(defaults, entry.name)), entry.name)
         else:
@@ -134,7 +139,8 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
     """The nested values of a YAML file, a run folder's config.yaml, or a shipped configuration."""
     path = Path(source)
     try:
-        if str(source) in shipped_configs() and not path.exists():
+        own = path.is_file() or (path / "config.yaml").is_file()
+        if str(source) in shipped_configs() and not own:
             text = (resources.files("tangentlab") / "configs" / f"{source}.yaml").read_text()
         else:
             text = (path / "config.yaml" if path.is_dir() else path).read_text()
@@ -149,9 +155,9 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
+    if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{source} holds a {type(values).__name__}, not settings")
-    return values
+    return values or {}
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        if key in CHOSEN:
+        if key in CHOSEN and not isinstance(value, dict):
             key = f"{key}.name"
         target = result
         *groups, leaf = key.split(".")
@@ -200,6 +206,22 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --- helpers ---------------------------------------------------------------------------------------------
+
+
+def _underived(values: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` without the method's eps and step_size where they repeat an eps that ``over`` replaces."""
+    method = values.get("method")
+    if not isinstance(method, Mapping):
+        return values
+    changed = "eps" in over or "eps" in over.get("method", {})
+    old = _numbers("eps", values.get("eps", RunConfig.eps))
+    kept = {key: _numbers(key, value) for key, value in method.items()}
+    own = kept.get("eps", old)
+    if "eps" in over and own == old:
+        kept.pop("eps", None)
+    if changed and isinstance(own, int | float) and kept.get("step_size") == own / 4:
+        del kept["step_size"]
+    return {**values, "method": kept}
 
 
 def _name(values: Mapping[str, Any], group: str, default: str) -> str:
@@ -232,6 +254,9 @@ def _check_keys(values: Mapping[str, Any], known: Sequence[str]) -> None:
             raise ConfigError(f"{key} is a section, not a setting; its settings are {', '.join(inside)}")
         if key in known or any(key.startswith(f"{name}.") for name in known):
             continue
+        namesakes = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        if namesakes:
+            raise ConfigError(f"setting {key!r} is unknown; did you mean {namesakes[0]!r}?")
         siblings = [name for name in known if name.rpartition(".")[0] == group]
         near = nearest(key, siblings) or nearest(key, known)
         if siblings or near is None:
@@ -239,14 +264,54 @@ def _check_keys(values: Mapping[str, Any], known: Sequence[str]) -> None:
         raise ConfigError(f"setting {key!r} is unknown; did you mean {near!r}?")
 
 
-def _ratios(value: Any) -> Any:
-    """ "8/255" -> 0.0314, wherever it stands."""
+def _not_settable(chosen: Any, name: str) -> set[str | int]:
+    """Parameters that a configuration leaves alone: the data set's, and those whose values are no plain data.
+
+    For a parameter that takes a class or a callable, the parser would import whatever path it is given.
+    """
+    try:
+        parameters = inspect.signature(chosen).parameters
+        hints = get_type_hints(chosen.__init__ if inspect.isclass(chosen) else chosen)
+    except Exception as error:
+        raise ModelError(f"the settings of {name!r} cannot be read: {first_line(error)}") from error
+    return {
+        key
+        for key, parameter in parameters.items()
+        if key in FROM_DATA
+        or not _is_plain(hints.get(key, Any))
+        or not (parameter.default is inspect.Parameter.empty or isinstance(parameter.default, PLAIN))
+    }
+
+
+def _is_plain(hint: Any) -> bool:
+    """Numbers, text, truth values, None, and lists, tuples, unions and literals of them; anything untyped."""
+    if hint in (int, float, str, bool, type(None), Any, ..., list, tuple):
+        return True
+    origin = get_origin(hint)
+    if origin is Literal:
+        return True
+    return origin in (list, tuple, Union, UnionType, Sequence) and all(map(_is_plain, get_args(hint)))
+
+
+def _check_null(values: Mapping[str, Any], defaults: Any, prefix: str = "") -> None:
+    """Raise ConfigError for a null where the default is not null: the parser would let it pass."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _check_null(value, defaults, f"{prefix}{key}.")
+        elif value is None and defaults.get(f"{prefix}{key}") is not None:
+            raise ConfigError(f"{prefix}{key} is null; leave it out for its default")
+
+
+def _numbers(key: str, value: Any) -> Any:
+    """ "8/255" -> 0.0314 and "1e-2" -> 0.01 (text in YAML), but for names and folders."""
     if isinstance(value, Mapping):
-        return {str(key): _ratios(item) for key, item in value.items()}
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*", value)
-        if match and float(match[2]):
-            return float(match[1]) / float(match[2])
+        return {str(inner): _numbers(str(inner), item) for inner, item in value.items()}
+    if isinstance(value, str) and key not in ("name", "root"):
+        ratio = re.fullmatch(rf"\s*({NUMBER})\s*/\s*({NUMBER})\s*", value)
+        if ratio and float(ratio[2]):
+            return float(ratio[1]) / float(ratio[2])
+        if re.fullmatch(rf"\s*[-+]?{NUMBER}\s*", value):
+            return float(value)
     return value
 
 

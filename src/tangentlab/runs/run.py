@@ -5,6 +5,8 @@ The only home of Lightning Fabric: devices, processes and precision.
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import timedelta
@@ -16,10 +18,12 @@ from torch import nn
 
 from tangentlab.data import Batches
 from tangentlab.errors import (
+    CheckpointError,
     ConfigError,
     InterruptedRunError,
     ModelError,
     TangentlabError,
+    first_line,
 )
 from tangentlab.records import Run, RunRecord, read_run
 from tangentlab.runs.build import (
@@ -79,27 +83,69 @@ def train(
         InterruptedRunError: Ctrl-C; the run is saved and can be resumed.
         StorageError, DataError, ModelError, ConfigError: one line that says what and where.
     """
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; load_config or resolve makes a RunConfig")
     config = resolve(config.to_dict(), allow_import=allow_import)
     folder = Path(out) if out is not None else Path("runs") / config.name
-    fabric = _fabric(config)
-    fabric.launch()
-    first = fabric.global_rank == 0
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.threads or torch.get_num_threads())
-        run = stack.enter_context(_open(folder, config, resume)) if first else None
+        # Everything that can be wrong is tried before the folder is made and other processes are started.
+        examples = _rehearse(config, allow_import)
+        run = stack.enter_context(_open(folder, config, resume)) if _is_to_be_first() else None
         try:
-            _train(config, folder, run, fabric, resume=resume, allow_import=allow_import, display=display)
+            fabric = _fabric(config)
+            fabric.launch()
+            _train(
+                config,
+                examples,
+                folder,
+                run,
+                fabric,
+                resume=resume,
+                allow_import=allow_import,
+                display=display,
+            )
         except (TangentlabError, KeyboardInterrupt) as error:
             if run is not None:
                 _write_end(run, error)
-            if isinstance(error, KeyboardInterrupt):
-                raise InterruptedRunError(f"interrupted; {_how_to_resume(folder)}") from error
-            if isinstance(error, InterruptedRunError):
-                raise InterruptedRunError(f"{error}; {_how_to_resume(folder)}") from error
-            raise
+            if isinstance(error, TangentlabError) and not isinstance(error, InterruptedRunError):
+                raise
+            said = str(error) or "interrupted"
+            raise InterruptedRunError(f"{said}; {_how_to_resume(folder, allow_import)}") from error
     fabric.barrier()
     return read_run(folder)
+
+
+def _rehearse(config: RunConfig, allow_import: Iterable[str]) -> Examples:
+    """Build everything once, on the CPU, for the errors; returns the data."""
+    resolve_device(config.device)
+    examples = build_data(config)
+    model = build_model(config, examples, torch.device("cpu"), allow_import=allow_import)
+    build_state(config, model)
+    _batches(config, examples, torch.device("cpu"), 0, config.processes).batch(0)
+    build_probe(config, examples)
+    return examples
+
+
+def _batches(
+    config: RunConfig, examples: Examples, device: torch.device, rank: int, world_size: int
+) -> Batches:
+    return Batches(
+        examples.train,
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        augmentation=config.data.augmentation,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _is_to_be_first() -> bool:
+    """Whether the launcher, ours, torchrun or srun, makes this the first process; known before they meet."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return int(next((rank for rank in ranks if rank is not None), 0)) == 0
 
 
 def is_first_process() -> bool:
@@ -109,6 +155,7 @@ def is_first_process() -> bool:
 
 def _train(
     config: RunConfig,
+    examples: Examples,
     folder: Path,
     run: Run | None,
     fabric: Any,
@@ -117,19 +164,10 @@ def _train(
     allow_import: Iterable[str],
     display: Display | None,
 ) -> None:
-    examples = build_data(config)
     model = build_model(config, examples, fabric.device, allow_import=allow_import)
     state = build_state(config, model)
     method = build_method(config)
-    batches = Batches(
-        examples.train,
-        batch_size=config.training.batch_size,
-        seed=config.seed,
-        augmentation=config.data.augmentation,
-        device=fabric.device,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-    )
+    batches = _batches(config, examples, fabric.device, fabric.global_rank, fabric.world_size)
     steps = config.training.epochs * batches.steps_per_epoch
     interruption = Interruption()
     hooks: list[StepHook] = []
@@ -155,11 +193,13 @@ def _train(
             if run is not None and checkpointing is not None:
                 if display is not None and state.seconds["train"] > LONG_SECONDS:
                     display.say("evaluating the best and last checkpoints on the test set")
+                interruption.at_once = True  # nothing to save any more
                 _finish(config, examples, run, model, state, checkpointing)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         # What PyTorch raises for a network that only fails in training mode or on a full batch.
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"training fails at step {state.step}: {reason}") from error
+        if isinstance(error, TangentlabError):
+            raise
+        raise ModelError(f"training fails at step {state.step}: {first_line(error)}") from error
 
 
 def _hooks(
@@ -193,6 +233,9 @@ def _resume(folder: Path, state: TrainingState, checkpointing: Checkpointing | N
     """Go on from the last checkpoint; where there is none the run begins."""
     path = checkpoint_path(folder, "last")
     if not path.exists():
+        came = read_run(folder).status.get("step") or 0
+        if came:
+            raise CheckpointError(f"{folder} came to step {came}, but {path} is gone; give another --out")
         if checkpointing is not None:
             checkpointing.log.run.rewind(size=0, step=-1)
         return
@@ -251,6 +294,8 @@ def _check_same(saved: dict[str, Any], config: RunConfig, folder: Path) -> None:
 def _write_end(run: Run, error: BaseException) -> None:
     """Say in status.json how the run ended, as far as the disk lets us."""
     status = read_run(run.folder).status
+    if status.get("state") == "finished":
+        return  # what failed was an attempt to go on where nothing was left to do
     stopped = isinstance(error, (InterruptedRunError, KeyboardInterrupt))
     status |= {"state": "interrupted" if stopped else "failed", "message": str(error) or type(error).__name__}
     status.pop("schema", None)
@@ -261,8 +306,11 @@ def _write_end(run: Run, error: BaseException) -> None:
         return  # the first error is the one to tell
 
 
-def _how_to_resume(folder: Path) -> str:
-    return f"go on with: tangentlab train {folder} --resume"
+def _how_to_resume(folder: Path, allow_import: Iterable[str]) -> str:
+    words = ["tangentlab", "train", str(folder), "--resume"]
+    for package in allow_import:
+        words += ["--allow-import", package]
+    return f"go on with: {shlex.join(words)}"
 
 
 def _fabric(config: RunConfig) -> Any:

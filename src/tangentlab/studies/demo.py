@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tangentlab.records import RunRecord
+from tangentlab.records import RunRecord, read_run
 from tangentlab.report import write_report
 from tangentlab.runs import RunConfig, load_config, train
 from tangentlab.runs.hooks import Display
@@ -27,9 +27,20 @@ def run_demo(
     seed: int = 0,
     display: Display | None = None,
 ) -> tuple[list[RunRecord], Path]:
-    """Train the three runs into out/runs/ and write out/report.html; returns the runs and the report."""
-    records = [train(demo_config(method, seed), out / "runs" / method, display=display) for method in METHODS]
+    """Train the three runs into out/runs/ and write out/report.html; returns the runs and the report.
+
+    What ``out`` holds of them already is kept: finished runs as they are, the others go on.
+    """
+    records = [_trained(demo_config(method, seed), out / "runs" / method, display) for method in METHODS]
     return records, write_report([record.folder for record in records], out / "report.html")
+
+
+def _trained(config: RunConfig, folder: Path, display: Display | None) -> RunRecord:
+    if (folder / "config.yaml").exists():
+        record = read_run(folder)
+        if record.state == "finished" and record.config == config.to_dict():
+            return record
+    return train(config, folder, resume=True, display=display)
 
 
 def free_folder(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab.attacks import Passes
-from tangentlab.errors import CheckpointError
+from tangentlab.errors import CheckpointError, ModelError
 from tangentlab.records import read_tensors, write_tensors
 from tangentlab.training.loop import TrainingState
 
@@ -23,7 +23,7 @@ def save_checkpoint(
     path: Path, state: TrainingState, extra: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Write the state atomically; ``extra`` (JSON-able) and ``tensors`` come back when it is loaded."""
-    held: dict[str, Tensor] = {f"model/{name}": value for name, value in state.model.state_dict().items()}
+    held = _weights(state.model)
     held |= {f"extra/{name}": value for name, value in tensors.items()}
     scalars: dict[str, Any] = {}
     for index, entries in state.optimizer.state_dict()["state"].items():
@@ -47,7 +47,7 @@ def save_checkpoint(
 
 def save_weights(path: Path, state: TrainingState, extra: Mapping[str, Any]) -> None:
     """Write weights and buffers alone, atomically, with the step and the JSON-able ``extra``."""
-    held = {f"model/{name}": value for name, value in state.model.state_dict().items()}
+    held = _weights(state.model)
     write_tensors(path, held, {"step": state.step, "extra": dict(extra)})
 
 
@@ -94,6 +94,17 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     tensors, metadata = read_tensors(path)
     _load_weights(path, tensors, model)
     return {"step": metadata.get("step"), "extra": metadata.get("extra", {})}
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict under "model/"; raises ModelError for what is no tensor, which nothing safe can hold."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"the model's state {name!r} is a {type(value).__name__}; checkpoints hold tensors"
+            )
+    return {f"model/{name}": value for name, value in state.items()}
 
 
 def _load_weights(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> None:

@@ -112,7 +112,9 @@ def train(
         draws = randomness.generator(seed, "method", state.step, rank, device=device)
         state.model.train()
         state.optimizer.zero_grad(set_to_none=True)
-        with make.autocast():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), make.autocast():
+            # Dropout and its like draw from the global generator: theirs is a stream too.
+            torch.manual_seed(randomness.derive_seed(seed, "layers", state.step, rank))
             loss = method.loss(network, x, y, generator=draws)
         make.backward(loss)
         state.optimizer.step()
@@ -130,9 +132,10 @@ def train(
 
 
 def check_finite(state: TrainingState) -> None:
-    """Raise DivergedError unless the summed loss is finite."""
+    """Raise DivergedError unless the summed loss is finite; off the CPU it is looked at now and then."""
     if not torch.isfinite(state.loss_sum):
-        raise DivergedError(f"the loss is {state.loss_sum.item()} at step {state.step}; training stops")
+        when = "at" if state.loss_sum.device.type == "cpu" else "by"
+        raise DivergedError(f"the loss is {state.loss_sum.item()} {when} step {state.step}; training stops")
 
 
 def check_parameters(state: TrainingState) -> None:
