@@ -36,7 +36,8 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
     """A row a run: last checkpoint's test accuracies, collapse, parting of the kernels, cost, seconds."""
     drawn = Table(title="Test accuracy of the last checkpoint", title_justify="left")
     for title in ("training", "clean", "FGSM", "PGD", "collapse", "kernels part", "cost", "time", "probe"):
-        drawn.add_column(title, justify="left" if title == "training" else "right")
+        first = title == "training"
+        drawn.add_column(title, justify="left" if first else "right", min_width=8 if first else None)
     for run, row in zip(subjects(records), table(subjects(records)), strict=True):
         drawn.add_row(
             run.label,
