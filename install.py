@@ -37,10 +37,8 @@ def main() -> None:
     python = folder / ("Scripts" if platform.system() == "Windows" else "bin") / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-    say(
-        "Installing into .venv: about 350 MB to download, 1.3 GB on disk (1.7 GB with the developers' tools);"
-    )
-    say("one to five minutes, most of it PyTorch.")
+    size = "380 MB to download, 1.7 GB on disk" if development else "290 MB to download, 1.4 GB on disk"
+    say(f"Installing into .venv: {size}; one to five minutes, most of it PyTorch.")
     command = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints-cpu.txt")]
     if wants_cpu_index():
         command += ["--extra-index-url", CPU_INDEX]
