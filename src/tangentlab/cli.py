@@ -53,8 +53,12 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
-    demo = commands.add_parser("demo", help="train a small network three ways and open the report")
-    demo.add_argument("--out", type=Path, help="folder (default: runs/demo, numbered where it exists)")
+    demo = commands.add_parser("demo", help="train a small network three ways and write a report")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        help="folder, gone on with where it exists (default: the first free of runs/demo, runs/demo-2, ...)",
+    )
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(call=_demo)
 

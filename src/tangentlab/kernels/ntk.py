@@ -54,6 +54,7 @@ def ntk(
             of Σ_c f_c/√C.
         batchnorm: "running", BatchNorm normalizes with its running statistics.
         memory: bound on the growth of working memory, the result not counted: bytes, or "512MiB", "1.5GB".
+            The first call for a model also tests its structure, which takes about two of its gradients.
         dtype: of the result and of the sums; by default that of the parameters.
         progress: show a progress bar on stderr.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -136,10 +136,9 @@ class Probing:
 
 @dataclass
 class Recording:
-    """Writes the loss, the cost and the seconds, at the end of each epoch."""
+    """Writes the loss (of this process's share), the cost and the seconds, at the end of each epoch."""
 
     log: Log
-    mean_loss: Callable[[TrainingState], float]
 
     def __call__(self, state: TrainingState) -> None:
         if state.step == 0 or state.step % self.log.steps_per_epoch:
@@ -147,7 +146,7 @@ class Recording:
         self.log.write(
             state.step,
             {
-                "train_loss": self.mean_loss(state),
+                "train_loss": float(state.loss_sum / state.loss_count),
                 "learning_rate": state.learning_rate,
                 "summed_learning_rate": state.summed_learning_rate,
                 **cost(state, self.log.steps_per_epoch),

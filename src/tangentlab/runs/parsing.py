@@ -303,10 +303,10 @@ def _check_null(values: Mapping[str, Any], defaults: Any, prefix: str = "") -> N
 
 
 def _numbers(key: str, value: Any) -> Any:
-    """ "8/255" -> 0.0314 and "1e-2" -> 0.01 (text in YAML), but for names and folders."""
+    """ "8/255" -> 0.0314 and "1e-2" -> 0.01 (text in YAML), but for names, folders and sizes."""
     if isinstance(value, Mapping):
         return {str(inner): _numbers(str(inner), item) for inner, item in value.items()}
-    if isinstance(value, str) and key not in ("name", "root"):
+    if isinstance(value, str) and key not in ("name", "root", "memory"):
         ratio = re.fullmatch(rf"\s*({NUMBER})\s*/\s*({NUMBER})\s*", value)
         if ratio and float(ratio[2]):
             return float(ratio[1]) / float(ratio[2])

@@ -173,7 +173,7 @@ def _train(
     hooks: list[StepHook] = []
     checkpointing = None
     if run is not None:
-        checkpointing, hooks = _hooks(config, examples, run, batches, steps, fabric, interruption, display)
+        checkpointing, hooks = _hooks(config, examples, run, batches, steps, interruption, display)
     if resume:
         _resume(folder, state, checkpointing)
     wrapped, _ = fabric.setup(model, state.optimizer)
@@ -208,7 +208,6 @@ def _hooks(
     run: Run,
     batches: Batches,
     steps: int,
-    fabric: Any,
     interruption: Interruption,
     display: Display | None,
 ) -> tuple[Checkpointing, list[StepHook]]:
@@ -222,7 +221,7 @@ def _hooks(
     hooks: list[StepHook] = [evaluation]
     if probe is not None:
         hooks.append(Probing(probe, log, every_steps(config.probe.every, per_epoch)))
-    hooks.append(Recording(log, lambda state: float(state.loss_sum / state.loss_count)))
+    hooks.append(Recording(log))
     if display is not None:
         display.start(config.name, epochs=config.training.epochs, steps_per_epoch=per_epoch)
         hooks.append(Showing(display, log))

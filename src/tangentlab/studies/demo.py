@@ -1,7 +1,8 @@
 """The demo: one small network trained three ways on real images, its kernel watched, a report to read.
 
-Claim shown: single-step adversarial training overfits catastrophically, and the kernels on FGSM and on PGD
-inputs part as it does; standard and PGD training do neither. Two minutes at most on two cores; one seed.
+Shown: single-step adversarial training overfits catastrophically, and the kernels on FGSM and on PGD inputs
+part as it does; with PGD training neither happens. One seed; two minutes at most on two cores. How often over
+seeds: benchmarks/demo_seeds.py.
 """
 
 from __future__ import annotations

@@ -59,10 +59,10 @@ class StepHook(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """How one update is made on the devices at hand; plain PyTorch by default, Fabric's from runs/.
+    """How one update is made on the devices at hand.
 
     Args:
-        trained: the module that the loss goes through, if not the bare one.
+        trained: the module that the loss goes through: the bare one, or a wrapper around it.
         autocast: the precision's context.
         backward: from the loss to the gradients.
     """
