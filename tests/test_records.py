@@ -12,7 +12,8 @@ import torch
 
 from tangentlab import records
 from tangentlab.errors import CheckpointError, RunFolderError, StorageError
-from tangentlab.records import Measurement, Run, read_run, read_tensors, write_tensors
+from tangentlab.files import read_tensors, write_tensors
+from tangentlab.records import Measurement, Run, read_run
 
 
 def test_a_run_is_read_as_it_was_written(run_folder: Path) -> None:
@@ -108,7 +109,8 @@ def test_a_full_disk_takes_nothing_back(run_folder: Path) -> None:
     code = textwrap.dedent(f"""
         import resource, signal
         from tangentlab.errors import StorageError
-        from tangentlab.records import Run, write_atomic
+        from tangentlab.files import write_atomic
+        from tangentlab.records import Run
         run = Run.create({str(run_folder)!r}, {{"name": "k"}})
         write_atomic(run.folder / "checkpoints" / "last", b"good")
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,32 +1,29 @@
 """Run folders: what is written, in which order, so that a kill at any moment leaves a readable run.
 
-Whole files (configuration, status, weights, kernels) are written beside their name, flushed to the disk and
-renamed; ``metrics.jsonl`` only grows, a line a write, and a line that the disk refused is taken back. One
-process writes into a folder at a time. Nothing read here can execute code: JSON, YAML and safetensors.
+Whole files (configuration, status, weights, kernels) are replaced atomically; ``metrics.jsonl`` only grows, a
+line a write, and a line that the disk refused is taken back. One process writes into a folder at a time.
+Nothing read here can execute code: JSON, YAML and safetensors.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import filelock
-import safetensors
-import safetensors.torch
 import torch
 import yaml
 
-from tangentlab.errors import CheckpointError, RunFolderError, StorageError
+from tangentlab.errors import RunFolderError
+from tangentlab.files import finite, json_bytes, read_tensors, refused, write_atomic, write_tensors
 
 SCHEMA = 1
 
@@ -44,54 +41,6 @@ class Measurement:
     step: int
     values: Mapping[str, Any]
     kernels: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
-# --- files -----------------------------------------------------------------------------------------------
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` under ``path`` so that a reader sees the old file or the new one, never a part.
-
-    Raises:
-        StorageError: the disk refused; the old file, if any, is untouched.
-    """
-    # One name a process: reports may be written by several at once.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise _refused(path, error) from error
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Named tensors and JSON-able ``metadata`` as one safetensors file, atomically."""
-    # Tied parameters are one storage under two names, which safetensors refuses: each gets its own copy.
-    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, safetensors.torch.save(plain, {"tangentlab": json.dumps(_finite(metadata))}))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What :func:`write_tensors` wrote.
-
-    Raises:
-        CheckpointError: missing, truncated, or not written by this package.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})["tangentlab"])
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -115,7 +64,7 @@ class Run:
             self._metrics = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
         except OSError as error:
             lock.release()
-            raise _refused(path, error) from error
+            raise refused(path, error) from error
 
     @classmethod
     def create(cls, folder: str | Path, config: Mapping[str, Any] | None = None) -> Self:
@@ -133,7 +82,7 @@ class Run:
         try:
             _refuse_occupied(folder)  # once more: another process may have been quicker
             run.truncate_metrics(0)
-            write_atomic(folder / "environment.json", _json(environment()))
+            write_atomic(folder / "environment.json", json_bytes(environment()))
             run.write_status(state="running", step=0)
             run._unfinished = True
             # Last: a folder with a configuration is a run.
@@ -164,7 +113,7 @@ class Run:
         except filelock.Timeout as error:
             raise RunFolderError(f"{folder} is in use by another process") from error
         except OSError as error:
-            raise _refused(folder, error) from error
+            raise refused(folder, error) from error
         run = cls(folder, lock)
         # What a killed writer was about to rename; nobody else writes here now.
         for torn in (
@@ -187,7 +136,7 @@ class Run:
             raise RunFolderError(
                 f"a record needs a 'step'; it has {', '.join(map(repr, record)) or 'nothing'}"
             )
-        self._append(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
+        self._append(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
 
     def _append(self, line: bytes) -> None:
         size = os.fstat(self._metrics).st_size
@@ -197,18 +146,20 @@ class Run:
                 os.write(self._metrics, line[written:])
         except OSError as error:
             os.ftruncate(self._metrics, size)
-            raise _refused(self.folder / "metrics.jsonl", error) from error
+            raise refused(self.folder / "metrics.jsonl", error) from error
 
     def write_evaluations(self, lines: list[dict[str, Any]]) -> None:
         """Append to evaluations.jsonl, all or none; a repeated evaluation takes the place of the first."""
         path = self.folder / "evaluations.jsonl"
         repeated = [_what_was_evaluated(line) for line in lines]
         kept = [line for line in _read_lines(path) if _what_was_evaluated(line) not in repeated]
-        write_atomic(path, b"".join(json.dumps(_finite(line)).encode() + b"\n" for line in [*kept, *lines]))
+        write_atomic(path, b"".join(json.dumps(finite(line)).encode() + b"\n" for line in [*kept, *lines]))
 
     def write_status(self, **status: Any) -> None:
         """Replace status.json."""
-        write_atomic(self.folder / "status.json", _json({"schema": SCHEMA, "pid": os.getpid(), **status}))
+        write_atomic(
+            self.folder / "status.json", json_bytes({"schema": SCHEMA, "pid": os.getpid(), **status})
+        )
         self._unfinished = self._unfinished and status.get("state") == "running"
 
     def metrics_size(self) -> int:
@@ -216,7 +167,7 @@ class Run:
         try:
             os.fsync(self._metrics)
         except OSError as error:
-            raise _refused(self.folder / "metrics.jsonl", error) from error
+            raise refused(self.folder / "metrics.jsonl", error) from error
         return os.fstat(self._metrics).st_size
 
     def rewind(self, *, size: int, step: int) -> None:
@@ -399,21 +350,6 @@ def _commit() -> str | None:
         return None
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(_finite(value), indent=2) + "\n").encode()
-
-
 def _yaml(value: Mapping[str, Any]) -> bytes:
     return yaml.safe_dump(dict(value), sort_keys=False).encode()
 
@@ -440,19 +376,6 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not all(isinstance(line, dict) for line in lines):
         raise RunFolderError(f"{path} cannot be read: a line is no JSON object")
     return lines
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _refused(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot write {path}: {error.strerror or error}")
 
 
 def _one_line(error: Exception) -> str:

@@ -18,7 +18,8 @@ import killed
 import pytest
 
 from tangentlab.errors import CheckpointError, ConfigError, InterruptedRunError, RunFolderError
-from tangentlab.records import read_run, read_tensors
+from tangentlab.files import read_tensors
+from tangentlab.records import read_run
 from tangentlab.runs import RunConfig, train
 from tangentlab.runs import hooks as hooks_module
 

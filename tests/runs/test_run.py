@@ -14,7 +14,8 @@ from torch import nn
 
 import tangentlab as tl
 from tangentlab.errors import ConfigError, InterruptedRunError, ModelError
-from tangentlab.records import read_run, read_tensors
+from tangentlab.files import read_tensors
+from tangentlab.records import read_run
 from tangentlab.runs import RunConfig, hooks, load_config, resolve, shipped_configs, train
 from tangentlab.runs.build import build_data, build_model, every_steps
 from tangentlab.runs.evaluation import count_correct

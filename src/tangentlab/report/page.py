@@ -19,7 +19,8 @@ from jinja2.utils import htmlsafe_json_dumps
 from plotly.offline import get_plotlyjs
 
 from tangentlab.errors import RunFolderError
-from tangentlab.records import read_run, write_atomic
+from tangentlab.files import write_atomic
+from tangentlab.records import read_run
 from tangentlab.report import palette
 from tangentlab.report.figure import Figure, MatrixPanel, Slider, legend, number, stages_in, value_limits
 from tangentlab.report.figures import FIGURES

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from tangentlab.records import write_atomic
+from tangentlab.files import write_atomic
 from tangentlab.report.figure import (
     Axis,
     Figure,

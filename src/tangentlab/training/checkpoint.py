@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tangentlab.attacks import Passes
 from tangentlab.errors import CheckpointError, ModelError
-from tangentlab.records import read_tensors, write_tensors
+from tangentlab.files import read_tensors, write_tensors
 from tangentlab.training.loop import TrainingState
 
 
