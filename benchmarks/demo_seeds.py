@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 20)))
     parser.add_argument("--methods", nargs="+", default=["fgsm"], choices=METHODS)
     options = parser.parse_args()
-    rows = []
+    # Once, before the file that it goes to is touched: the commit would look changed.
+    machine, rows = environment(), []
     for seed in options.seeds:
         for method in options.methods:
             with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +41,7 @@ def main() -> None:
             shown = {key: value for key, value in rows[-1].items() if key != "curves"}
             print(json.dumps(shown), flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({"environment": environment(), "runs": rows}, indent=1) + "\n")
+            options.out.write_text(json.dumps({"environment": machine, "runs": rows}, indent=1) + "\n")
 
 
 def row(record: RunRecord, method: str, seed: int, seconds: float) -> dict[str, Any]:
