@@ -18,7 +18,7 @@ from tangentlab.attacks import FGSM
 from tangentlab.data import Split
 from tangentlab.errors import InterruptedRunError, KernelError
 from tangentlab.probes import KernelProbe
-from tangentlab.records import Run
+from tangentlab.records import Measurement, Run
 from tangentlab.runs.build import build_attack
 from tangentlab.runs.config import RunConfig
 from tangentlab.runs.evaluation import checkpoint_path, count_correct
@@ -130,7 +130,7 @@ class Probing:
                 self.log.write(state.step, {"probe_error": str(error)})
                 return
             values = {"epoch": self.log.epoch(state.step), **measurement.values}
-            self.log.run.write(type(measurement)(state.step, values, measurement.kernels))
+            self.log.run.write(Measurement(state.step, values, measurement.kernels))
             self.log.newest.update(measurement.values)
 
 
