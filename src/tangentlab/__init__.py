@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # name -> (module, attribute); no attribute: the module itself
 _EXPORTS: dict[str, tuple[str, str | None]] = {
     "attacks": ("attacks", None),
+    "kernels": ("kernels", None),
     "metrics": ("metrics", None),
     "modes": ("modes", None),
     "ntk": ("kernels", "ntk"),
@@ -47,6 +48,7 @@ __all__ = [
     "attacks",
     "evaluate",
     "generator",
+    "kernels",
     "load_config",
     "metrics",
     "modes",

@@ -1,5 +1,5 @@
 """The NTK engine: exact empirical neural tangent kernels of any module, in bounded memory."""
 
-from tangentlab.kernels.ntk import ntk
+from tangentlab.kernels.ntk import ntk, plan
 
-__all__ = ["ntk"]
+__all__ = ["ntk", "plan"]

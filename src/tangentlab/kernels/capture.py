@@ -1,129 +1,208 @@
-"""One forward of a tile of examples, recorded: what entered and left the watched modules.
+"""One forward of a tile of examples, recorded: the functions and modules through which parameters act.
 
-The kernel is a sum over parameters, and a parameter's gradient is a local matter: it needs the inputs of
-its module's calls and the gradients at their outputs (the cotangents), nothing else. One forward records
-the former; one backward per output of the model gives the latter for every module at once.
+One forward records what entered each site; one backward per output of the model brings the cotangents to
+all of them, and each is dealt with as it arrives, so that the cotangents never live together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.autograd.graph import GradientEdge, Node
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
-from tangentlab.errors import ModelError
+from tangentlab.kernels.functions import RULES
+from tangentlab.kernels.inputs import Inputs, outputs
+from tangentlab.kernels.sites import Call, Site
+from tangentlab.kernels.uses import Use
 
-
-class Call:
-    """One call of a module: its inputs, where its output stands in the graph, and the cotangents there.
-
-    Attributes:
-        inputs: the tensors among the arguments, detached, not copied.
-        sources: the nodes of the autograd graph that made the inputs.
-        shape: the output's shape, None if the output is not one tensor.
-        edge: the output's place in the autograd graph, None if no gradient can reach it. The edge, not the
-            tensor: after ``ReLU(inplace=True)`` the tensor stands for the ReLU's output, the edge still for
-            the module's.
-        delta: the gradients of the model's outputs at this output, [n, R, ...], R cotangents an example;
-            None if the outputs do not depend on it.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves, self._spec = tree_flatten((args, kwargs))
-        self.sources = {
-            get_gradient_edge(leaf).node for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad
-        }
-        self._leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.inputs = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
-        self._versions = [tensor._version for tensor in self.inputs]
-        self.shape: torch.Size | None = None
-        self.edge: GradientEdge | None = None
-        self.delta: Tensor | None = None
-        self._returned = "nothing"
-
-    def returned(self, output: object) -> None:
-        self._returned = type(output).__name__
-        if isinstance(output, Tensor):
-            self.shape = output.shape
-            if output.requires_grad:
-                self.edge = get_gradient_edge(output)
-
-    def arguments(self, inputs: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's arguments with ``inputs`` in the places of its tensors."""
-        given = iter(inputs)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        args, kwargs = tree_unflatten(leaves, self._spec)
-        return args, kwargs
-
-    def fault(self, n: int) -> str | None:
-        """Why the per-example gradients cannot be had from this call, or None."""
-        if self.shape is None:
-            return f"returns a {self._returned}, not one tensor"
-        if [tensor._version for tensor in self.inputs] != self._versions:
-            return "has an input that is changed in place after the call"
-        shapes = [self.shape, *(tensor.shape for tensor in self.inputs)]
-        if len(shapes) == 1 or any(shape[:1] != (n,) for shape in shapes):
-            return "takes or returns something whose first dimension is not the examples'"
-        return None
+# Attention is one function to a function mode; this is its body, whose projections the mode then sees.
+_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    vars(F) | {"has_torch_function": lambda _: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
 class Tape:
-    """The recorded forward of n examples: the model's output [n, C] with its graph, and the calls.
+    """The recorded forward of n examples: the model's output [n, C] with its graph, and the sites.
 
     Attributes:
+        uses: the calls of functions with a rule, by the identity of the parameter.
+        calls: the calls of the watched modules.
         footprint: elements of the graph an example, where the planner has measured it.
     """
 
-    def __init__(self, output: Tensor, calls: dict[nn.Module, list[Call]]) -> None:
+    def __init__(
+        self, output: Tensor, uses: dict[int, list[Use]], calls: dict[nn.Module, list[Call]]
+    ) -> None:
         self.output = output
+        self.uses = uses
         self.calls = calls
         self.footprint = 0
 
     def __len__(self) -> int:
         return self.output.shape[0]
 
-    def live(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Call, Tensor]]:
-        """The modules' calls that the outputs depend on, with their cotangents."""
-        return [
-            (module, call, call.delta)
-            for module in modules
-            for call in self.calls[module]
-            if call.delta is not None
-        ]
+    def sites(self) -> list[Site]:
+        """All sites, each once."""
+        return list(dict.fromkeys(s for found in (self.uses, self.calls) for g in found.values() for s in g))
 
-    def pull(self, cotangents: Tensor) -> None:
-        """Set every call's ``delta`` to the gradients of ``output @ cotangents[r]``, r = 0 … R − 1.
+    def pull(self, cotangents: Tensor, ready: Callable[[Site], None] | None = None) -> None:
+        """Bring the gradients of ``(output * cotangents[r]).sum()``, r < R, to every site's ``delta``.
 
         In evaluation mode examples do not meet, so one backward of the sum over the examples gives each
-        example's own gradient.
+        example's own gradient. ``cotangents`` is [R, C], or [R, n, C] for others at each example. With one
+        cotangent ``ready`` is called during the backward, site by site, and may set ``delta`` to None again;
+        sites that the outputs do not depend on keep None and are not announced.
         """
-        calls = [call for listed in self.calls.values() for call in listed if call.edge is not None]
-        for call in calls:
-            call.delta = None
-        if not calls or not self.output.requires_grad:
+        sites = [site for site in self.sites() if site.edge is not None]
+        for site in sites:
+            site.delta = None
+        if not sites or not self.output.requires_grad:
             return
-        edges = [call.edge for call in calls if call.edge is not None]
+        if len(cotangents) == 1:
+            self._stream(sites, cotangents[0].expand_as(self.output), ready)
+            return
+        edges = [site.edge for site in sites if site.edge is not None]
         for r, cotangent in enumerate(cotangents):
-            gradients = torch.autograd.grad(
-                [self.output], edges, [cotangent.expand_as(self.output)], retain_graph=True, allow_unused=True
-            )
-            for call, gradient in zip(calls, gradients, strict=True):
+            gradients = self._gradients(edges, cotangent.expand_as(self.output))
+            for site, gradient in zip(sites, gradients, strict=True):
                 if gradient is None:
                     continue
-                if len(cotangents) == 1:
-                    call.delta = gradient.unsqueeze(1)
-                    continue
-                if call.delta is None:
-                    call.delta = gradient.new_empty(len(gradient), len(cotangents), *gradient.shape[1:])
-                call.delta[:, r] = gradient
+                gradient = site.front(gradient, len(self))
+                if site.delta is None:
+                    site.delta = gradient.new_empty(len(gradient), len(cotangents), *gradient.shape[1:])
+                site.delta[:, r] = gradient
+        if ready is not None:
+            for site in sites:
+                if site.delta is not None:
+                    ready(site)
+
+    def _stream(self, sites: list[Site], cotangent: Tensor, ready: Callable[[Site], None] | None) -> None:
+        """One backward; nodes are met by hooks, and the last ones of every path are asked for by edge."""
+        waiting: dict[Node, list[Site]] = {}
+        for site in sites:
+            assert site.edge is not None
+            waiting.setdefault(site.edge.node, []).append(site)
+        last = self._last(set(waiting))
+
+        def arrived(site: Site, gradient: Tensor | None) -> None:
+            if gradient is not None:
+                site.delta = site.front(gradient, len(self)).unsqueeze(1)
+                if ready is not None:
+                    ready(site)
+
+        def meet(met: list[Site]) -> Callable[[tuple[Tensor, ...]], None]:
+            def hook(gradients: tuple[Tensor, ...]) -> None:
+                for site in met:
+                    assert site.edge is not None
+                    arrived(site, gradients[site.edge.output_nr])
+
+            return hook
+
+        handles = [node.register_prehook(meet(met)) for node, met in waiting.items() if node not in last]
+        ends = [site for node in last for site in waiting[node]]
+        try:
+            edges = [site.edge for site in ends if site.edge is not None]
+            gradients = self._gradients(edges, cotangent)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for site, gradient in zip(ends, gradients, strict=True):
+            arrived(site, gradient)
+
+    def _gradients(self, edges: list[GradientEdge], cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad([self.output], edges, [cotangent], retain_graph=True, allow_unused=True)
+
+    def _last(self, nodes: set[Node]) -> list[Node]:
+        """Those of the nodes that lead to no other of them."""
+        leads: dict[Node, bool] = {}  # whether a node lies on the way to one of the nodes, or is one
+        last = []
+        stack = [(self.output.grad_fn, False)]
+        while stack:
+            node, left = stack.pop()
+            if node is None or (node in leads and not left):
+                continue
+            if not left:
+                leads[node] = False
+                stack.append((node, True))
+                stack += [(source, False) for source, _ in node.next_functions if source not in leads]
+                continue
+            below = any(leads[source] for source, _ in node.next_functions if source is not None)
+            leads[node] = below or node in nodes
+            if node in nodes and not below:
+                last.append(node)
+        return last
 
 
-def record(model: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> Tape:
-    """Run ``model(x)`` in the mode that it is in and record the calls of ``modules``.
+def consumers(output: Tensor) -> dict[Node, set[Node]]:
+    """For every node of the output's graph, the nodes that pass a gradient to it."""
+    found: dict[Node, set[Node]] = {}
+    stack = [output.grad_fn] if output.grad_fn is not None else []
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        for source, _ in node.next_functions:
+            if source is not None:
+                found.setdefault(source, set()).add(node)
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+    return found
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes the calls of functions with a rule that watched parameters enter."""
+
+    def __init__(self, watched: Mapping[int, tuple[nn.Parameter, int]]) -> None:
+        super().__init__()
+        self._watched = {key: p for key, (p, _) in watched.items()}
+        self._axes = {key: axis for key, (_, axis) in watched.items()}
+        self.uses: dict[int, list[Use]] = {key: [] for key in watched}
+
+    def __torch_function__(
+        self, function: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward:
+            with self:
+                return _attention(*args, **kwargs)
+        rule = RULES.get(function)
+        use = None
+        if rule is not None and not any(map(_transformed, (*args, *kwargs.values()))):
+            use = rule(self._watched, args, kwargs)
+        output = function(*args, **kwargs)
+        if use is not None:
+            use.returned(output)
+            for p in use.roles.values():
+                use.axis = self._axes[id(p)]
+                self.uses[id(p)].append(use)
+        return output
+
+
+def _transformed(argument: object) -> bool:
+    """Whether it is a tensor inside one of torch.func's transforms, which has no place in this graph."""
+    return isinstance(argument, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(argument)
+
+
+def record(
+    model: nn.Module,
+    x: Inputs,
+    parameters: Mapping[int, tuple[nn.Parameter, int]],
+    modules: Iterable[nn.Module],
+) -> Tape:
+    """Run the model on x in the mode that it is in and record the sites.
+
+    Args:
+        parameters: by identity, those whose uses by functions are wanted, and the examples' axis there.
+        modules: those whose calls are wanted.
 
     Raises:
         ModelError: the output is not a floating-point tensor [n, C].
@@ -150,17 +229,11 @@ def record(model: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> Tape:
             module.register_forward_hook(leave, with_kwargs=True),
         )
     ]
+    recorder = _Recorder(parameters)
     try:
-        with torch.enable_grad():
-            output = model(x.clone())
+        with torch.enable_grad(), recorder:
+            output = outputs(model, x)
     finally:
         for handle in handles:
             handle.remove()
-    if not isinstance(output, Tensor):
-        raise ModelError(f"the model returns a {type(output).__name__}; a kernel needs a tensor [n, C]")
-    if output.dim() != 2 or len(output) != len(x) or not output.is_floating_point():
-        raise ModelError(
-            f"the model maps {len(x)} examples to a {output.dtype} tensor of shape "
-            f"{list(output.shape)}; a kernel needs floating-point outputs [{len(x)}, C]"
-        )
-    return Tape(output, calls)
+    return Tape(output, recorder.uses, calls)

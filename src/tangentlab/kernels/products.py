@@ -1,0 +1,101 @@
+"""Matrix products of per-example gradients, and the precision they are made in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PRODUCTS = ("tf32", "bf16")
+
+# A symmetric product is made in row blocks of about this many rows, each up to the diagonal.
+_ROWS = 64
+_MOST_BLOCKS = 8
+
+# Columns summed at once where a product's own result is rounded to bf16.
+_BF16_COLUMNS = 8192
+
+
+def chunks(stop: int, size: float, start: int = 0) -> Iterator[slice]:
+    """start … stop in slices of at most ``size``, at least one each.
+
+    >>> list(chunks(7, 3))
+    [slice(0, 3, None), slice(3, 6, None), slice(6, 7, None)]
+    """
+    step = max(1, int(size))
+    return (slice(low, min(low + step, stop)) for low in range(start, stop, step))
+
+
+def row_blocks(n: int, each: int = 1) -> Iterator[slice]:
+    """The row blocks of a symmetric product of n examples with ``each`` rows."""
+    return chunks(n, max(-(-_ROWS // each), -(-n // _MOST_BLOCKS)))
+
+
+def outer(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a bᵀ [p, q] of a [p, k] and b [q, k], in ``dtype``; bf16 factors are summed in float32.
+
+    On a GPU the sums leave the product as float32; a CPU rounds them to bf16, so k is cut in slices whose
+    sums are added in ``dtype``.
+    """
+    if a.dtype != torch.bfloat16:
+        return _exact(a, b).to(dtype)
+    if a.is_cuda:
+        return torch.mm(a, b.T, out_dtype=torch.float32).to(dtype)
+    K = torch.zeros(len(a), len(b), dtype=dtype)
+    for part in chunks(a.shape[1], _BF16_COLUMNS):
+        K += a[:, part] @ b[:, part].T
+    return K
+
+
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    # MKL keeps to half of the vector width on CPUs that are not Intel's; oneDNN does not.
+    if a.dtype == torch.float32 and not a.is_cuda and _ONEDNN is not None and b.is_contiguous():
+        product: Tensor = _ONEDNN(a.contiguous(), b, None, "none", [], "")
+        return product
+    return a @ b.T
+
+
+_ONEDNN: Any = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
+
+
+def gram(left: Tensor, right: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """K[i,r,j,s] = ⟨G_ir, G'_js⟩ in ``dtype`` of gradients G [n, R, P] and G' [m, R, P].
+
+    With ``right`` None, G' is G and only i ≥ j is computed: what lies above the diagonal blocks is zero.
+    """
+    n, rows, size = left.shape
+    flat = left.reshape(n * rows, size)
+    if right is not None:
+        return outer(flat, right.reshape(-1, size), dtype).view(n, rows, len(right), rows)
+    K = flat.new_zeros(n * rows, n * rows, dtype=dtype)
+    for block in row_blocks(n * rows):
+        K[block, : block.stop] = outer(flat[block], flat[: block.stop], dtype)
+    return K.view(n, rows, n, rows)
+
+
+def mirrored(K: Tensor) -> Tensor:
+    """The symmetric K [n, R, n, R] from its lower triangle over the rows (i, r): exact, bit for bit."""
+    n, rows = K.shape[:2]
+    lower = K.view(n * rows, n * rows).tril()
+    return (lower + lower.tril(-1).T).view(n, rows, n, rows)
+
+
+@contextmanager
+def precision(rounding: str = "ieee") -> Iterator[None]:
+    """float32 arithmetic as it is written, whatever the caller allows; or "tf32" on GPUs.
+
+    PyTorch rounds the factors of convolutions on GPUs to TF32 by default.
+    """
+    backends: Any = torch.backends
+    settings = {backends.cuda.matmul: rounding, backends.cudnn.conv: rounding}
+    settings |= {backends.mkldnn.matmul: "ieee", backends.mkldnn.conv: "ieee"}
+    with ExitStack() as stack:
+        for setting, value in settings.items():
+            stack.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
+            setting.fp32_precision = value
+        yield

@@ -1,0 +1,383 @@
+"""Through what a parameter acts, established before a kernel is trusted to it.
+
+A parameter is first taken to act through the functions that have a rule. That is wrong for a weight that is
+computed from parameters, for one that enters other functions, or one whose gradient mixes with the rest:
+then the module that holds it is run again instead, or the one around that, at worst the model itself. Two
+tests decide, on two examples: whether every use in the autograd graph lies inside the recorded sites (which
+a gradient of zero cannot hide), and whether the gradients agree with those of each example run alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.jit import ScriptModule
+
+from tangentlab.errors import KernelError
+from tangentlab.kernels.blocks import Block, Replayed
+from tangentlab.kernels.capture import Tape, consumers, record
+from tangentlab.kernels.direct import Direct
+from tangentlab.kernels.inputs import Inputs, count, joined, outputs, select, tensors
+from tangentlab.kernels.replay import Replay
+from tangentlab.kernels.reproducible import called, mixing, reproducible
+from tangentlab.kernels.sites import Site, dense
+from tangentlab.randomness import generator
+
+
+@dataclass(frozen=True)
+class Path:
+    """Through what a parameter acts: functions with a rule, or the modules at ``replayed``.
+
+    Attributes:
+        axis: the dimension of the examples in the functions' outputs.
+        entries: the shapes of its sites, an example's share of each.
+        reason: why not through functions.
+    """
+
+    replayed: tuple[str, ...] = ()
+    axis: int = 0
+    entries: tuple[object, ...] = ()
+    reason: str = ""
+
+
+Structure = Mapping[str, Path]
+
+# The last structure checked of each model; paths only, so that the model can be freed.
+_checked: WeakKeyDictionary[nn.Module, tuple[object, Structure]] = WeakKeyDictionary()
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require grad by name, tied ones once.
+
+    Raises:
+        KernelError: there are none, or one is not real.
+    """
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise KernelError("no parameter of the model requires grad: the kernel has nothing to be taken over")
+    for name, p in found.items():
+        if not p.is_floating_point():
+            raise KernelError(f"parameter {name!r} is {p.dtype}; kernels are of real parameters")
+    return found
+
+
+class Changed(Exception):
+    """A parameter acts on other examples in another way than on the first ones.
+
+    Attributes:
+        faults: the parameters by name, and what differs.
+    """
+
+    def __init__(self, faults: Mapping[str, str]) -> None:
+        super().__init__(str(faults))
+        self.faults = faults
+
+
+def taped(model: nn.Module, structure: Structure, x: Inputs) -> Tape:
+    """The model's forward on x, recorded where the structure says that parameters act.
+
+    Raises:
+        Changed: a parameter acts elsewhere than the structure says, or through other numbers of entries.
+    """
+    tape = _recorded(model, structure, x)
+    faults = _faults(model, structure, tape)
+    for name, path in structure.items():
+        if name not in faults and _entries(model, name, path, tape) != path.entries:
+            faults[name] = "it acts on as many entries as the data say"
+    if faults:
+        raise Changed(faults)
+    return tape
+
+
+def promoted(model: nn.Module, x: Inputs, faults: Mapping[str, str]) -> None:
+    """Take the parameters by the next way, for all kernels of the model from now on.
+
+    Raises:
+        KernelError: there is none.
+    """
+    signature, structure = _checked[model]
+    _checked[model] = (signature, _Check(model, select(x, slice(0, 2)), structure, faults).settled())
+
+
+def _recorded(model: nn.Module, structure: Structure, x: Inputs) -> Tape:
+    parameters = trained(model)
+    direct = {
+        id(parameters[name]): (parameters[name], path.axis)
+        for name, path in structure.items()
+        if not path.replayed
+    }
+    modules = {model.get_submodule(at): at for path in structure.values() for at in path.replayed}
+    return record(model, x, direct, modules)
+
+
+def _sites(model: nn.Module, name: str, path: Path, tape: Tape) -> list[Site]:
+    if path.replayed:
+        return [call for at in path.replayed for call in tape.calls[model.get_submodule(at)]]
+    return list(tape.uses[id(trained(model)[name])])
+
+
+def _entries(model: nn.Module, name: str, path: Path, tape: Tape) -> tuple[object, ...]:
+    return tuple(site.entries(len(tape)) for site in _sites(model, name, path, tape))
+
+
+def _faults(model: nn.Module, structure: Structure, tape: Tape) -> dict[str, str]:
+    """The parameters whose gradients cannot be had from their sites, and why."""
+    faults: dict[str, str] = {}
+    parameters, users = trained(model), consumers(tape.output)
+    inside = {site: site.inside() for site in tape.sites()}
+    for name, path in structure.items():
+        sites = _sites(model, name, path, tape)
+        fault = next(filter(None, (site.fault(len(tape)) for site in sites)), None)
+        known = set().union(*(inside[site] for site in sites))
+        if fault is not None:
+            faults[name] = f"a site {fault}"
+        elif not users.get(get_gradient_edge(parameters[name]).node, set()) <= known:
+            faults[name] = "it is used elsewhere" if sites else "no function with a rule uses it"
+    return faults
+
+
+def blocks(model: nn.Module, structure: Structure) -> list[Block]:
+    """The blocks that the kernel is summed from; parameters replayed with the same modules share one."""
+    parameters = trained(model)
+    found: list[Block] = []
+    replayed: dict[tuple[str, ...], list[str]] = {}
+    for name, path in structure.items():
+        if path.replayed:
+            replayed.setdefault(path.replayed, []).append(name)
+        else:
+            found.append(Direct(name, parameters[name]))
+    for paths, names in replayed.items():
+        modules = [model.get_submodule(path) for path in paths]
+        replays = [Replay(m, [_local(m, parameters[name])[0] for name in names]) for m in modules]
+        found.append(Replayed(names, sum(parameters[name].numel() for name in names), replays))
+    return found
+
+
+def _local(module: nn.Module, parameter: nn.Parameter) -> list[str]:
+    """Every name that the parameter has inside the module."""
+    return [name for name, p in module.named_parameters(remove_duplicate=False) if p is parameter]
+
+
+def structure_of(model: nn.Module, x: Inputs) -> Structure:
+    """Through what each parameter that requires grad acts.
+
+    Args:
+        model: in evaluation mode.
+        x: [n, ...]; the first two examples are run.
+
+    Raises:
+        KernelError: the model draws random numbers, mixes examples, or has a parameter for which no exact
+            per-example gradient was found; names it.
+    """
+    signature = _signature(model, x)
+    if model not in _checked or _checked[model][0] != signature:
+        _checked[model] = (signature, _Check(model, select(x, slice(0, 2))).settled())
+    return _checked[model][1]
+
+
+def _signature(model: nn.Module, x: Inputs) -> object:
+    return (
+        _holders(model),
+        [(name, p.shape, p.dtype, p.device) for name, p in trained(model).items()],
+        [type(module) for module in model.modules()],
+        [(place, t.shape[1:], t.dtype) for place, t in tensors(x).items()],
+        count(x) > 1,
+    )
+
+
+def _holders(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The paths of the modules that hold each trained parameter."""
+    names = {id(p): name for name, p in trained(model).items()}
+    holders: dict[str, tuple[str, ...]] = dict.fromkeys(names.values(), ())
+    for path, module in model.named_modules():
+        for p in dict.fromkeys(module._parameters.values()):
+            if p is not None and id(p) in names:
+                holders[names[id(p)]] += (path,)
+    return holders
+
+
+class _Check:
+    """The two tests on a pair of examples, and what follows from a failure."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pair: Inputs,
+        structure: Structure | None = None,
+        faults: Mapping[str, str] = {},
+    ) -> None:
+        """``structure`` is one that was settled before, ``faults`` what was found against it since."""
+        self._model, self._pair = model, pair
+        self._parameters = trained(model)
+        self._holders = _holders(model)
+        self._before = structure
+        self._faults = dict(faults)
+
+    def settled(self) -> Structure:
+        self._gradients = self._tested()
+        structure = self._first() if self._before is None else dict(self._before)
+        wrong = self._faults
+        while True:
+            for name, reason in wrong.items():
+                structure[name] = self._promoted(name, structure[name], reason)
+            tape = _recorded(self._model, structure, self._pair)
+            wrong = _faults(self._model, structure, tape)
+            wrong |= self._differing(structure, tape, set(wrong))
+            if not wrong:
+                break
+        return {
+            name: replace(path, entries=_entries(self._model, name, path, tape))
+            for name, path in structure.items()
+        }
+
+    def _tested(self) -> list[dict[str, Tensor | None]]:
+        """The gradients of each example alone, of a model that is a function of single examples."""
+        refused = _refused(self._model)
+        if refused:
+            raise KernelError(refused)
+        first = reproducible(self._model, self._pair)
+        self._v = torch.randn(first.shape[1], generator=generator(0, "kernels.structure")).to(first)
+        alone = [self._alone(i) for i in range(len(first))]
+        self._tolerance = _Tolerance(first.dtype, [g for _, g in alone], list(self._parameters.values()))
+        if not self._tolerance.outputs_agree(first, torch.cat([output for output, _ in alone])):
+            where = mixing(self._model, self._pair)
+            raise KernelError(
+                f"{where} mixes examples: an output depends on the other examples in the batch, "
+                "so that the kernel of single examples is undefined"
+            )
+        return [gradients for _, gradients in alone]
+
+    def _alone(self, i: int) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The outputs of example i run alone, and the gradients of their product with v, None if unused."""
+        with torch.enable_grad():
+            output = outputs(self._model, select(self._pair, slice(i, i + 1)))
+        if not output.requires_grad:
+            return output, dict.fromkeys(self._parameters)
+        gradients = torch.autograd.grad(
+            [(output @ self._v).sum()], list(self._parameters.values()), allow_unused=True
+        )
+        found = (None if g is None else dense(g) for g in gradients)
+        return output.detach(), dict(zip(self._parameters, found, strict=True))
+
+    def _first(self) -> dict[str, Path]:
+        """All parameters through functions; the examples' axis is the one that grows with their number."""
+        watched = {id(p): (p, 0) for p in self._parameters.values()}
+        first = select(self._pair, slice(0, 1))
+        one, two = (record(self._model, x, watched, []) for x in (first, joined(first, first)))
+        structure = {}
+        for name, p in self._parameters.items():
+            sites = list(zip(one.uses[id(p)], two.uses[id(p)], strict=False))
+            axes = {_grown(a.shape, b.shape) for a, b in sites if a.shape is not None and b.shape is not None}
+            structure[name] = Path(axis=axes.pop() if len(axes) == 1 else 0)
+        return structure
+
+    def _differing(self, structure: Structure, tape: Tape, known: set[str]) -> dict[str, str]:
+        """The parameters whose gradients are not those of the examples alone."""
+        wrong: dict[str, str] = {}
+        for site in tape.sites():
+            if site.fault(len(tape)) is not None:
+                site.edge = None
+        tape.pull(self._v[None])
+        for block in blocks(self._model, structure):
+            if known & set(block.names):
+                continue
+            G = block.gradient(tape, tape.output.dtype)
+            sizes = [self._parameters[name].numel() for name in block.names]
+            shares = G[:, 0].split(sizes, 1) if G is not None else [None] * len(sizes)
+            for name, share in zip(block.names, shares, strict=True):
+                for i, gradients in enumerate(self._gradients):
+                    mine = None if share is None else share[i]
+                    if not self._tolerance.agree(mine, gradients[name]):
+                        wrong[name] = f"it differs from the gradient of example {i} alone"
+        return wrong
+
+    def _promoted(self, name: str, path: Path, reason: str) -> Path:
+        """The next way of taking a parameter."""
+        scripted = [at for at, module in self._model.named_modules() if isinstance(module, ScriptModule)]
+        paths = (_enclosing(path.replayed),) if path.replayed else self._holders[name]
+        while set(paths) & set(scripted) and paths != ("",):
+            paths = (_enclosing(paths),)  # a scripted module takes no hooks
+        if path.replayed == ("",) or "" in scripted:
+            raise KernelError(
+                f"parameter {name!r}: no exact per-example gradient, not even by running "
+                f"the whole model on each example ({reason})"
+            )
+        return Path(paths, reason=path.reason or reason)
+
+
+def _grown(one: Sequence[int], two: Sequence[int]) -> int:
+    """The first dimension in which two shapes differ, 0 if none does."""
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)
+
+
+def _refused(model: nn.Module) -> str | None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            return (
+                f"{called(path)} ({type(module).__name__}) has max_norm={module.max_norm}: "
+                "it changes its weight in its forward, so that the outputs have no gradient"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
+            return (
+                f"{called(path)} ({type(module).__name__}) has scale_grad_by_freq=True: "
+                "its gradients depend on the other tokens in the batch and are not those of a function"
+            )
+    return None
+
+
+def _enclosing(paths: tuple[str, ...]) -> str:
+    """The path of the innermost module around one path, or around all of several."""
+    parts = [path.split(".") for path in paths]
+    if len(parts) == 1:
+        return ".".join(parts[0][:-1])
+    shared = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return ".".join(level[0] for level in shared)
+
+
+class _Tolerance:
+    """How far two computations of one thing may lie apart.
+
+    Half of the digits, √eps relative to the norm: rounding grows with depth, faults of structure are of order
+    one. Where the thing itself cancels to nearly nothing, what is left is rounding, so a floor is added: for
+    a parameter's gradient 64·eps of the whole gradient's norm, which the kernel would not show either; for
+    the outputs 8·eps·‖g∘θ‖, what rounding the parameters does to them.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        alone: list[dict[str, Tensor | None]],
+        parameters: list[nn.Parameter],
+    ) -> None:
+        eps = torch.finfo(dtype).eps
+        self._relative = math.sqrt(eps)
+        whole = [
+            [
+                (g.norm(), (g * p.detach()).norm())
+                for g, p in zip(gradients.values(), parameters, strict=True)
+                if g is not None
+            ]
+            for gradients in alone
+        ]
+        self._gradient_floor = 64 * eps * max(math.hypot(*(float(g) for g, _ in row)) for row in whole)
+        self._output_floor = 8 * eps * max(math.hypot(*(float(gp) for _, gp in row)) for row in whole)
+
+    def agree(self, a: Tensor | None, b: Tensor | None) -> bool:
+        """Whether two gradients agree; None is zero."""
+        if a is None or b is None:
+            return all(g is None or float(g.norm()) <= self._gradient_floor for g in (a, b))
+        return _distance(a, b.flatten()) <= self._relative * float(b.norm()) + self._gradient_floor
+
+    def outputs_agree(self, a: Tensor, b: Tensor) -> bool:
+        return _distance(a, b) <= self._relative * float(b.norm()) + self._output_floor
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm())

@@ -1,0 +1,275 @@
+"""Uses of parameters by functions with a rule: their per-example gradients, from δ and the inputs.
+
+With δ [n, R, k, ...] the cotangents at the output and a [n, k, ...] the input, both with the examples first:
+
+    weights at positions   G = Σ_p δ_p a_pᵀ       linear, x @ W, addmm; conv1d, conv2d (a_p the patch)
+    tables                 G = Σ_p e_{t_p} δ_pᵀ   embedding, t_p the token
+    convolutions           G = the convolution's own weight gradient, of every dimension, grouped, transposed
+    scales                 G = Σ_p δ_p x̂_p        BatchNorm, LayerNorm, GroupNorm, RMSNorm, x * γ
+    shifts                 G = Σ_p δ_p            biases, x + b, b.expand(n, …)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tangentlab.kernels.sites import Site
+
+
+class Use(Site):
+    """One call of a function, with watched parameters in the places ``roles`` of its arguments."""
+
+    positional = False
+
+    def __init__(self, inputs: Sequence[Tensor], roles: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(inputs)
+        self.roles = dict(roles)
+        if "weight" not in roles:
+            self.forget()  # a shift's gradient is of δ alone
+
+    def fault(self, n: int) -> str | None:
+        fault = super().fault(n)
+        if fault is None and not self.admits(self.axis):
+            return "has its examples in a dimension that the rule does not cover"
+        return fault
+
+    def admits(self, axis: int) -> bool:
+        """Whether the examples may lie in that dimension."""
+        return axis == 0
+
+    def gradient(self, role: str, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        """G [b, R, P] in ``dtype`` of the examples of ``part``, of n; P in the parameter's own order."""
+        raise NotImplementedError
+
+    def transient(self, role: str, n: int) -> int:
+        """Elements that ``gradient`` holds for an example beside its result."""
+        return 3 * sum(t.numel() for t in (*self.inputs, self._delta)) // n
+
+    @property
+    def _delta(self) -> Tensor:
+        assert self.delta is not None
+        return self.delta
+
+    def _shift(self, view: Sequence[int], part: slice, dtype: torch.dtype, factor: Tensor | None) -> Tensor:
+        """Σ δ·factor over all that a parameter, seen as ``view`` beside the output, is broadcast along."""
+        delta = self._delta[part].to(dtype)
+        product = delta if factor is None else delta * factor[:, None].to(dtype)
+        padded = [1] * (len(self.shape or ()) - len(view)) + list(view)
+        kept = [1, *padded[: self.axis], *padded[self.axis + 1 :]]  # k, and the output's other dimensions
+        summed = [i + 2 for i, size in enumerate(kept) if size == 1 and product.shape[i + 2] > 1]
+        return (product.sum(summed) if summed else product).reshape(*delta.shape[:2], -1)
+
+
+class Positional(Use):
+    """A weight that meets a vector a_p at every position p = 1 … T of an example: G = Σ_p δ_p a_pᵀ.
+
+    Attributes:
+        channels, features: the lengths O of δ_p and D of a_p.
+        swapped: whether the parameter is [D, O], not [O, D].
+    """
+
+    positional = True
+    channels: int
+    features: int
+    swapped = False
+
+    def positions(self, n: int) -> int:
+        """T, the positions an example."""
+        return self._delta[0, 0].numel() // self.channels
+
+    def patches(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        """a [b, T, D]."""
+        raise NotImplementedError
+
+    def columns(self, part: slice, some: slice, dtype: torch.dtype) -> Tensor:
+        """δ [b, R, |some|, T] of the channels ``some``."""
+        raise NotImplementedError
+
+    def gradient(self, role: str, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        if role == "bias":
+            return self.columns(part, slice(None), dtype).sum(3)
+        a, d = self.patches(n, part, dtype), self.columns(part, slice(None), dtype)
+        G = torch.einsum("nrot,ntd->nrdo" if self.swapped else "nrot,ntd->nrod", d, a)
+        return G.reshape(len(G), G.shape[1], -1)
+
+
+class Linear(Positional):
+    """a Wᵀ + b, and a W + b with ``swapped``."""
+
+    def __init__(self, a: Tensor, roles: Mapping[str, nn.Parameter], out: int, *, swapped: bool) -> None:
+        super().__init__([a], roles)
+        self.channels, self.features, self.swapped = out, a.shape[-1], swapped
+
+    def admits(self, axis: int) -> bool:
+        return self.shape is not None and axis < len(self.shape) - 1
+
+    def patches(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        a = self.front(self.inputs[0], n)[part].to(dtype)
+        return a.reshape(len(a), -1, self.features)
+
+    def columns(self, part: slice, some: slice, dtype: torch.dtype) -> Tensor:
+        d = self._delta[part][..., some].to(dtype)
+        return d.reshape(*d.shape[:2], -1, d.shape[-1]).transpose(2, 3)
+
+
+class Embedding(Positional):
+    """W[t]: the patch of a token is its one-hot vector e_t, never formed."""
+
+    swapped = True
+
+    def __init__(self, tokens: Tensor, roles: Mapping[str, nn.Parameter], padding: int | None) -> None:
+        super().__init__([tokens], roles)
+        self.features, self.channels = roles["weight"].shape
+        self._padding = None if padding is None else padding % self.features
+
+    def admits(self, axis: int) -> bool:
+        return self.shape is not None and axis < len(self.shape) - 1
+
+    def tokens(self, n: int, part: slice) -> Tensor:
+        """[b, T], −1 where the padding stands, which has no gradient."""
+        tokens = self.front(self.inputs[0], n)[part]
+        tokens = tokens.reshape(len(tokens), -1)
+        return tokens if self._padding is None else tokens.masked_fill(tokens == self._padding, -1)
+
+    def columns(self, part: slice, some: slice, dtype: torch.dtype) -> Tensor:
+        d = self._delta[part][..., some].to(dtype)
+        return d.reshape(*d.shape[:2], -1, d.shape[-1]).transpose(2, 3)
+
+    def gradient(self, role: str, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        tokens, d = self.tokens(n, part), self.columns(part, slice(None), dtype).transpose(2, 3)
+        G = d.new_zeros(*d.shape[:2], self.features, self.channels)
+        seen = (tokens >= 0)[:, None, :, None]
+        return G.scatter_add_(2, tokens.clamp(min=0)[:, None, :, None].expand_as(d), d * seen).flatten(2)
+
+
+class Convolution(Positional):
+    """Convolutions: their own weight gradient for all, patches for ungrouped ones in one and two dimensions.
+
+    G is what aten's convolution_backward gives for a single example. Several examples, and the R cotangents
+    of each, go through one call as groups and channels of one large convolution.
+    """
+
+    def __init__(
+        self,
+        a: Tensor,
+        roles: Mapping[str, nn.Parameter],
+        shape: torch.Size,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        output_padding: list[int] | None,
+    ) -> None:
+        super().__init__([a], roles)
+        self._kernel, self._stride, self._padding, self._dilation = shape[2:], stride, padding, dilation
+        self._groups, self._transposed = groups, output_padding is not None
+        self._output_padding = output_padding or [0] * len(stride)
+        self._weight_shape = shape
+        self.channels = shape[1] * groups if self._transposed else shape[0]
+        self.features = shape[1:].numel()
+
+        # Whether the weight meets patches, so that other routes than the convolution's own are open.
+        self.positional = groups == 1 and not self._transposed and len(self._kernel) <= 2
+
+    def patches(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        a = self.front(self.inputs[0], n)[part].to(dtype)
+        flat = a.flatten(0, 1) if len(self._kernel) == 2 else a.flatten(0, 1).unsqueeze(2)
+        missing = 2 - len(self._kernel)  # a sequence is an image of height one
+        u = F.unfold(
+            flat,
+            (*[1] * missing, *self._kernel),
+            (*[1] * missing, *self._dilation),
+            (*[0] * missing, *self._padding),
+            (*[1] * missing, *self._stride),
+        )
+        return u.view(len(a), -1, *u.shape[1:]).transpose(2, 3).flatten(1, 2)
+
+    def columns(self, part: slice, some: slice, dtype: torch.dtype) -> Tensor:
+        d = self._delta[part][:, :, :, some].to(dtype).flatten(4)  # [b, R, k, |some|, T/k]
+        return d[:, :, 0] if d.shape[2] == 1 else d.transpose(2, 3).flatten(3)
+
+    def gradient(self, role: str, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        if role == "bias":
+            return self.columns(part, slice(None), dtype).sum(3)
+        a = self.front(self.inputs[0], n)[part]
+        out = self._delta.new_empty(len(a), self._delta.shape[1], self._weight_shape.numel(), dtype=dtype)
+        self.convolve(a, self._delta[part], slice(None), 1, out)
+        return out
+
+    def convolve(self, a: Tensor, delta: Tensor, some: slice, together: int, out: Tensor) -> None:
+        """Write G of the output channels ``some`` (all of a grouped or transposed weight) into out [b, R, ·].
+
+        ``together`` examples go through one call.
+        """
+        for low in range(0, len(a), together):
+            block = slice(low, low + together)
+            out[block] = self._convolved(a[block].to(out.dtype), delta[block][:, :, :, some].to(out.dtype))
+
+    def _convolved(self, a: Tensor, d: Tensor) -> Tensor:
+        """a [e, k, C_in, ...] and δ [e, R, k, O, ...] to G [e, R, P]."""
+        e, rows, _, channels = d.shape[:4]
+        g, size, dims = self._groups, list(self._kernel), len(self._kernel)
+        # Examples are groups, rows are channels of a group, an example's k entries are the batch.
+        x = a.transpose(0, 1).flatten(1, 2)
+        y = d.unflatten(3, (g, -1)).permute(2, 0, 3, 1, 4, *range(5, 5 + dims)).flatten(1, 4)
+        inner = a.shape[2]
+        shape = [e * inner, rows * channels // g] if self._transposed else [e * rows * channels, inner // g]
+        weight = x.new_empty(1).expand(*shape, *size)
+        G: Tensor = torch.ops.aten.convolution_backward(
+            y,
+            x,
+            weight,
+            None,
+            self._stride,
+            self._padding,
+            self._dilation,
+            self._transposed,
+            self._output_padding,
+            e * g,
+            [False, True, False],
+        )[1]
+        if self._transposed:
+            return G.reshape(e, inner, rows, -1).transpose(1, 2).reshape(e, rows, -1)
+        return G.reshape(e, g, rows, -1).transpose(1, 2).reshape(e, rows, -1)
+
+
+class Affine(Use):
+    """x̂·γ + β, or one of them, x̂ made without parameters: normalizations, x * γ, x + β, β.expand(n, …)."""
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        roles: Mapping[str, nn.Parameter],
+        view: Sequence[int],
+        normalized: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """``view`` is the parameters' shape beside the output, aligned at the last dimension."""
+        super().__init__(inputs, roles)
+        self._view, self._normalized = view, normalized
+
+    def _kept(self) -> list[int]:
+        """The view with one entry for each dimension of the output."""
+        assert self.shape is not None
+        return [1] * (len(self.shape) - len(self._view)) + list(self._view)
+
+    def admits(self, axis: int) -> bool:
+        if self.shape is None or self._kept()[axis] != 1:
+            return False
+        # What normalizes channels knows them by their place.
+        return axis == 0 or self._normalized is None or len(self._view) < len(self.shape) - axis
+
+    def gradient(self, role: str, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        delta = self._delta[part].to(dtype)
+        if role == "weight":
+            x = self.front(self.inputs[0], n)[part].to(dtype)
+            if self._normalized is not None:
+                x = self._normalized(x.flatten(0, 1)).view_as(x)
+            delta = delta * x[:, None]
+        view = self._kept()
+        kept = [1, *view[: self.axis], *view[self.axis + 1 :]]  # k, and the output's other dimensions
+        summed = [i + 2 for i, size in enumerate(kept) if size == 1 and delta.shape[i + 2] > 1]
+        return (delta.sum(summed) if summed else delta).reshape(*delta.shape[:2], -1)
