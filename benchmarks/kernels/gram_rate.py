@@ -28,11 +28,13 @@ def gram_rate(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
     import tangentlab as tl
     from tangentlab.kernels.blocks import Replayed
     from tangentlab.kernels.direct import Direct
+    from tangentlab.kernels.planning import Plan
 
     case, products = Case(**spec["case"]), PRODUCTS[spec["engine"]]
     model, x = read(case, spec["problem"])
     asked: dict[str, Any] = {"kind": case.kind, "memory": case.memory, "products": products}
     plan = tl.kernels.plan(model, x, **asked)
+    assert isinstance(plan, Plan)
     spent = 0.0
 
     def timed(gram: Any) -> Any:

@@ -77,7 +77,7 @@ def test_less_memory_gives_smaller_tiles_and_the_same_kernel() -> None:
     model, x = build("pre-activation block"), examples("pre-activation block", 7)
     J = jacobian(model, x)
     tiles = []
-    for limit in ("50KiB", 70_000, "0.1MB", "4MiB"):
+    for limit in (60_000, "0.1MB", "4MiB"):
         tiles.append(plan(model, x, kind="class", memory=limit).tile)
         K = ntk(model, x, kind="class", memory=limit)
         assert relative_error(K, kernel(J, J, "class")) < 1e-12
@@ -275,7 +275,7 @@ def test_nan_is_counted() -> None:
     x[3, 0] = torch.nan
     with pytest.raises(KernelError, match="7 of 16 entries of the kernel are not finite"):
         ntk(build("frozen"), x)
-    with pytest.raises(KernelError, match="3 of the model's 6 outputs on the first 2 examples are"):
+    with pytest.raises(KernelError, match="3 of the model's 6 outputs on 2 examples are"):
         ntk(build("frozen"), x.flip(0))
 
 

@@ -92,13 +92,13 @@ class Tile:
             (slice(0, n), slice(0, n)) if self.split is None else (slice(0, self.split), slice(self.split, n))
         )
 
-    def scratch(self, *shape: int) -> Tensor:
-        """An uninitialised tensor of factors, valid until the next one: fresh memory is slow memory."""
-        size = torch.Size(shape).numel()
-        if self._scratch is None or self._scratch.numel() < size:
+    def scratch(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """An uninitialised tensor, valid until the next one: fresh memory is slow memory."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self._scratch is None or len(self._scratch) < size:
             self._scratch = None
-            self._scratch = self.tape.output.new_empty(size, dtype=self.factors)
-        return self._scratch[:size].view(shape)
+            self._scratch = self.tape.output.new_empty(size, dtype=torch.uint8)
+        return self._scratch[:size].view(dtype).view(shape)
 
     def product(self, G: Tensor) -> Tensor:
         """The Gram of G [n, R, P]."""

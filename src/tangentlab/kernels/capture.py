@@ -109,6 +109,8 @@ class Tape:
 
         handles = [node.register_prehook(meet(met)) for node, met in waiting.items() if node not in last]
         ends = [site for node in last for site in waiting[node]]
+        if not ends:
+            return
         try:
             edges = [site.edge for site in ends if site.edge is not None]
             gradients = self._gradients(edges, cotangent)

@@ -58,7 +58,7 @@ class Costs:
 
 
 # One core of a server CPU with AVX-512, and a data-centre GPU.
-_CORE = Costs("table", 100e9, 80e9, 140e9, 140e9, 140e9, 6e9, 15e-6, 2**25, 0.45, 2.0)
+_CORE = Costs("table", 100e9, 80e9, 140e9, 140e9, 140e9, 6e9, 15e-6, 2**27, 0.45, 2.0)
 _GPU = Costs("table", 40e12, 15e12, 1e12, 1e12, 25e12, 2e12, 10e-6, 2**28, 0.5, 6.0)
 
 

@@ -48,7 +48,7 @@ class Direct:
         weights = self._weights(live)
         if self.route == "explicit" or weights is None:
             return self._explicit(tile, live)
-        if self.route in ("patches", "convolution", "grouped"):
+        if self.route not in ("ghost", "mixed"):
             return self._sliced(tile, weights)
         A = self._inner(tile, weights)
         return self._ghost(tile, weights, A) if self.route == "ghost" else self._mixed(tile, weights, A)
@@ -78,8 +78,9 @@ class Direct:
 
     def _explicit(self, tile: Tile, live: list[Use]) -> Tensor:
         n, rows = len(tile.tape), _rows(live)
-        G = tile.scratch(n, rows, self.parameter.numel())
-        for part in chunks(n, tile.space / 2 / self._transient(live, n)):
+        G = tile.scratch(tile.factors, n, rows, self.parameter.numel())
+        dense = 3 * rows * self.parameter.numel()  # of one use, of two added, and cast
+        for part in chunks(n, tile.space / 2 / (self._transient(live, n) + dense)):
             G[part] = self._total(live, n, part, tile.dtype)
         return tile.product(G)
 
@@ -87,10 +88,10 @@ class Direct:
         """A slice of output channels of G at a time: the kernel is additive over parameters."""
         n, rows, D = len(tile.tape), _rows(weights), weights[0].features
         K: Tensor | None = None
-        for some in chunks(weights[0].channels, tile.space / 2 / (n * rows * D)):
+        for some in chunks(weights[0].channels, _even(tile.space / 2 / (n * rows * D))):
             width = some.stop - some.start
-            G = tile.scratch(n, rows * width, D)
-            if self.route == "patches":
+            G = tile.scratch(tile.factors, n, rows * width, D)
+            if "patches" in self.route:
                 self._from_patches(tile, weights, some, G)
             else:
                 self._from_convolutions(tile, weights, some, G)
@@ -101,6 +102,8 @@ class Direct:
 
     def _from_patches(self, tile: Tile, weights: list[Positional], some: slice, G: Tensor) -> None:
         n = len(tile.tape)
+        if self.route == "kept patches" and self not in tile.cache:
+            tile.cache[self] = self._patches(tile, weights, slice(0, n))
         for part in chunks(n, tile.space / 2 / self._transient(weights, n)):
             a = tile.cache[self][part] if self in tile.cache else self._patches(tile, weights, part)
             d = self._columns(tile, weights, part, some)
@@ -151,29 +154,33 @@ class Direct:
         d = self._columns(tile, weights, slice(None), slice(None)).transpose(2, 3).contiguous()
         rows = d.shape[1]
         K = A.new_zeros(n, rows, m, rows)
+        room = max(1.0, tile.space / 2 - 2 * d.numel())
         for block in [left] if tile.split is not None else row_blocks(n, rows * T):
             stop = right.stop if tile.split is not None else block.stop
             flat = d[right.start : stop].flatten(0, 2)
             width = stop - right.start
-            for some in chunks(block.stop, tile.space / 2 / (2 * rows * T * width * rows * T), block.start):
+            for some in chunks(block.stop, room / (2 * rows * T * width * rows * T), block.start):
                 B = outer(d[some].flatten(0, 2), flat, tile.dtype).view(-1, rows, T, width, rows, T)
                 K[some, :, :width] = B.mul_(A[some, None, :, :width, None]).sum((2, 5))
         return K
 
     def _mixed(self, tile: Tile, weights: list[Positional], A: Tensor) -> Tensor:
-        """⟨G_ir, G_js⟩ = Σ_po δ_irpo H_ijspo with H = Σ_q (a_ip·a_jq) δ_jsqo."""
+        """⟨G_ir, G_js⟩ = Σ_po δ_irpo H_ijspo with H = Σ_q (a_ip·a_jq) δ_jsqo, for one j at a time."""
         right = tile.sides[1]
         n, T, m, _ = A.shape
-        d = self._columns(tile, weights, slice(None), slice(None)).to(tile.dtype)  # [·, R, O, T]
-        rows, channels = d.shape[1:3]
+        columns = self._columns(tile, weights, slice(None), slice(None))
+        d = columns.transpose(2, 3).to(tile.dtype).contiguous()  # [·, R, T, O]
+        rows, channels = d.shape[1], d.shape[3]
         K = A.new_zeros(n, rows, m, rows)
         for j in range(m):
             low = j if tile.split is None else 0
-            right_hand = d[right.start + j].reshape(rows * channels, T)
-            for some in chunks(n, tile.space / 4 / (T * rows * channels), low):
-                H = outer(A[some, :, j].reshape(-1, T), right_hand, tile.dtype)
-                H = H.view(-1, T, rows, channels).permute(0, 3, 1, 2).reshape(-1, channels * T, rows)
-                torch.bmm(d[some].reshape(-1, rows, channels * T), H, out=K[some, :, j])
+            for some in chunks(n, tile.space / 2 / (rows * T * channels), low):
+                # H lies as [s, i, p, o]: written and read in the order in which it is stored.
+                H = tile.scratch(tile.dtype, rows, (some.stop - some.start) * T, channels)
+                inner = A[some, :, j].reshape(1, -1, T).expand(rows, -1, -1)
+                torch.bmm(inner, d[right.start + j], out=H)
+                H = H.view(rows, -1, T * channels).permute(1, 2, 0)
+                K[some, :, j] = torch.bmm(d[some].view(-1, rows, T * channels), H)
         return K
 
     def _patches(self, tile: Tile, weights: list[Positional], part: slice) -> Tensor:
@@ -210,7 +217,7 @@ class Direct:
                 inner + B,
                 once + B / (costs.product * speed) * (1 + 64 / O) + touched + S * 20 * costs.call,
                 shape.met * T * T,
-                4 * transient + 2 * n * R * T * O + 4 * R * R * T * T * (shape.right or n),
+                2 * max(2 * transient, 2 * n * R * T * O + 2 * R * R * T * T * (shape.right or n)),
             )
         )
         if R > 1 and T > 1:
@@ -221,10 +228,10 @@ class Direct:
                     inner + H,
                     once
                     + H / (costs.product * speed) * (1 + 64 / T)
-                    + 3 * item * S * shape.pairs * T * R * O / costs.bandwidth
-                    + S * (shape.right or n) * 10 * costs.call,
+                    + item * S * shape.pairs * T * R * O / costs.bandwidth
+                    + S * (shape.right or n) * 4 * costs.call,
                     shape.met * T * T,
-                    4 * transient + n * R * T * O + 4 * T * R * O,
+                    2 * max(2 * transient, 2 * n * R * T * O + 2 * T * R * O),
                 )
             )
         if isinstance(weights[0], Embedding):
@@ -237,9 +244,8 @@ class Direct:
         kept = n * T * D
         for held in (kept, 0) if S > 1 else (0,):
             unfolding = 4 * item * n * T * D * (1 if held else S) / costs.bandwidth
-            found.append(
-                Option("patches", forming + products, base + forming / rate + unfolding, held, space)
-            )
+            route = "kept patches" if held else "patches"
+            found.append(Option(route, forming + products, base + forming / rate + unfolding, held, space))
         if all(isinstance(use, Convolution) for use in weights) and shape.dtype == torch.float32:
             found += self._convolutions(
                 weights, shape, Option("", forming + products, base, 0, space), forming
@@ -268,11 +274,19 @@ class Direct:
         products = 2 * S * shape.pairs * R * R * P
         seconds = products / (costs.product * costs.speed(shape.dtype, shape.products))
         seconds += item * S * n * (2 * transient + R * P) / costs.bandwidth + S * 10 * costs.call
-        return Option("explicit", products, seconds, 0, n * R * P + 2 * (transient + R * P))
+        return Option("explicit", products, seconds, 0, 2 * max(n * R * P, transient + 3 * R * P))
 
 
 def _rows(live: Iterable[Site]) -> int:
     return next(site.delta.shape[1] for site in live if site.delta is not None)
+
+
+def _even(channels: float) -> float:
+    """Rounded down to what vector units like, where that leaves most of it."""
+    for step in (64, 16):
+        if channels >= step:
+            return channels // step * step
+    return channels
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

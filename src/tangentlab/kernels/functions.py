@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tangentlab.kernels.uses import Affine, Convolution, Embedding, Linear, Use
+from tangentlab.kernels.uses import Affine, BatchNorm, Convolution, Embedding, Linear, Use
 
 Watched = Mapping[int, nn.Parameter]
 Arguments = dict[str, Any]
@@ -34,7 +34,7 @@ def _matmul(watched: Watched, given: Arguments) -> Use | None:
     roles, weight = _roles(watched, given), given["weight"]
     if not roles or weight.dim() != 2 or given["input"].dim() < 2:
         return None
-    if given.get("beta", 1) != 1 or given.get("alpha", 1) != 1 or given.get("out") is not None:
+    if given.get("beta", 1) != 1 or given.get("alpha", 1) != 1:
         return None
     if "bias" in roles and roles["bias"].shape != weight.shape[1:]:
         return None
@@ -64,9 +64,9 @@ def _convolution(watched: Watched, given: Arguments, *, transposed: bool) -> Use
         if any(t % 2 for t in total):  # torch pads the uneven one at the end
             a = F.pad(a, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
             total = [0] * dims
-        given["padding"] = [t // 2 for t in total]
+        given = given | {"padding": [t // 2 for t in total]}
     elif padding == "valid":
-        given["padding"] = 0
+        given = given | {"padding": 0}
     return Convolution(
         a,
         roles,
@@ -89,12 +89,7 @@ def _batch_norm(watched: Watched, given: Arguments) -> Use | None:
     if not roles or given.get("training", False) or mean is None:
         return None
 
-    def normalized(x: Tensor) -> Tensor:
-        shape = _channelwise(x)
-        x_hat: Tensor = (x - mean.to(x.dtype).view(shape)) * (var.to(x.dtype) + eps).rsqrt().view(shape)
-        return x_hat
-
-    return Affine([x], roles, _channelwise(x), normalized)
+    return BatchNorm(x, roles, mean, var, eps)
 
 
 def _layer_norm(watched: Watched, given: Arguments) -> Use | None:
@@ -130,7 +125,7 @@ def _affine(
 def _broadcast(watched: Watched, given: Arguments, *, role: str) -> Use | None:
     """x + p, x * p, either way round."""
     found = [name for name in ("input", "other") if id(given.get(name)) in watched]
-    if len(found) != 1 or len(given) > 2:
+    if len(found) != 1:
         return None
     p, x = given[found[0]], given["other" if found[0] == "input" else "input"]
     if not isinstance(x, Tensor) or x.dim() < p.dim():
@@ -138,15 +133,20 @@ def _broadcast(watched: Watched, given: Arguments, *, role: str) -> Use | None:
     return Affine([x], {role: p}, p.shape)
 
 
-def _expand(watched: Watched, given: Arguments) -> Use | None:
-    p = given["input"]
+def _expand(watched: Watched, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Use | None:
+    p = args[0]
     return Affine([], {"bias": p}, p.shape) if id(p) in watched else None
 
 
-def _named(*names: str) -> Callable[..., Any]:
+def _named(*names: str, **renamed: str) -> Callable[..., Any]:
+    """Bind a call's arguments to names, given in torch's order; ``renamed`` maps torch's names to ours."""
+
     def bound(rule: Callable[..., Use | None], **settings: Any) -> Callable[..., Use | None]:
         def of(watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Use | None:
-            return rule(watched, dict(zip(names, args, strict=False)) | kwargs, **settings)
+            given = {renamed.get(name, name): value for name, value in kwargs.items()}
+            if len(args) > len(names) or not given.keys() <= set(names[len(args) :]):
+                return None
+            return rule(watched, dict(zip(names, args, strict=False)) | given, **settings)
 
         return of
 
@@ -156,12 +156,14 @@ def _named(*names: str) -> Callable[..., Any]:
 _CONV = _named("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = _named("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _TWO = _named("input", "other")
-_MATMUL = _named("input", "weight")
+_MATMUL = _named("input", "weight", other="weight", mat2="weight")
 
 # What makes a use of a call's arguments, None where no watched parameter is in a place that a rule knows.
 RULES: dict[Any, Callable[[Watched, tuple[Any, ...], dict[str, Any]], Use | None]] = {
     F.linear: _named("input", "weight", "bias")(_linear),
-    torch.addmm: _named("bias", "input", "weight")(_matmul),
+    torch.addmm: _named(
+        "bias", "input", "weight", "beta", "alpha", input="bias", mat1="input", mat2="weight"
+    )(_matmul),
     **{f: _MATMUL(_matmul) for f in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm)},
     F.embedding: _named(
         "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"
@@ -180,5 +182,6 @@ RULES: dict[Any, Callable[[Watched, tuple[Any, ...], dict[str, Any]], Use | None
     F.prelu: _named("input", "weight")(_prelu),
     **{f: _TWO(_broadcast, role="bias") for f in (torch.add, Tensor.add, Tensor.add_)},
     **{f: _TWO(_broadcast, role="weight") for f in (torch.mul, Tensor.mul)},
-    **{f: _named("input")(_expand) for f in (Tensor.expand, Tensor.expand_as)},
+    Tensor.expand: _expand,
+    Tensor.expand_as: _expand,
 }

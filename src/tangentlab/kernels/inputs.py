@@ -69,6 +69,8 @@ def outputs(model: nn.Module, x: Inputs) -> Tensor:
             f"the model maps {count(x)} examples to a {output.dtype} tensor of shape "
             f"{list(output.shape)}; a kernel needs floating-point outputs [{count(x)}, C]"
         )
+    if output.shape[1] == 0:
+        raise ModelError(f"the model returns a tensor of shape {list(output.shape)}: it has no outputs")
     return output
 
 

@@ -10,24 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tangentlab.errors import ConfigError, KernelError, unknown_choice
 from tangentlab.kernels import inputs
+from tangentlab.kernels.alone import pair
 from tangentlab.kernels.batch import BatchPlan, batch_ntk, batch_plan
 from tangentlab.kernels.blocks import Block, Tile, in_turn
+from tangentlab.kernels.costs import Costs, table
 from tangentlab.kernels.costs import measured as measured_costs
-from tangentlab.kernels.costs import table
 from tangentlab.kernels.inputs import Inputs, count, joined, mapped, select
 from tangentlab.kernels.memory import bytes_of
 from tangentlab.kernels.planning import Plan, settle
 from tangentlab.kernels.products import PRODUCTS, mirrored, precision
 from tangentlab.kernels.reproducible import called
-from tangentlab.kernels.structure import Changed, Structure, blocks, promoted, structure_of, taped, trained
-from tangentlab.kernels.verification import verify
+from tangentlab.kernels.structure import (
+    Changed,
+    Structure,
+    blocks,
+    promoted,
+    signature_of,
+    structure_of,
+    taped,
+    trained,
+)
+from tangentlab.kernels.verification import Verifier
 from tangentlab.modes import batchnorm_modules, evaluation, preserved
+
+_Result = TypeVar("_Result")
 
 KINDS = ("full", "class", "trace", "pseudo")
 BATCHNORM = ("running", "batch", ("running", "batch"))
@@ -91,36 +105,24 @@ def ntk(
                 [2., 6.]])
     """
     parameter, dtype, limit = _checked(model, x, x2, kind, batchnorm, memory, dtype, products)
+    if plan is not None and not isinstance(plan, Plan):
+        raise ConfigError(
+            f"plan is a {type(plan).__name__}; give what kernels.plan returned for batchnorm='running'"
+        )
     with _undisturbed(model, parameter.device):
         x, x2 = _moved(x, x2, parameter.device)
         if batchnorm != "running":
             if plan is not None or products is not None:
                 raise ConfigError("plan and products are for batchnorm='running'")
             mixed = batchnorm != "batch"
-            settled = batch_plan(model, x, x2, kind=kind, mixed=mixed, limit=limit, dtype=dtype)
-            with _bar(progress, settled.backwards) as advance:
+            made = batch_plan(model, x, x2, kind=kind, mixed=mixed, limit=limit, dtype=dtype)
+            with _bar(progress, made.backwards) as advance:
                 result = batch_ntk(
-                    model,
-                    x,
-                    x2,
-                    kind=kind,
-                    mixed=mixed,
-                    limit=limit,
-                    dtype=dtype,
-                    advance=advance,
-                    plan=settled,
+                    model, x, x2, kind=kind, mixed=mixed, limit=limit, dtype=dtype, advance=advance, plan=made
                 )
         else:
-            made = count(x), None if x2 is None else count(x2), kind, dtype, products
-            if plan is not None and (plan.n, plan.m, plan.kind, plan.dtype, plan.products) != made:
-                raise ConfigError(f"plan was made for another kernel: {str(plan).splitlines()[0]}")
-            while True:
-                try:
-                    result = _running(model, x, x2, made, limit, plan, check=check, progress=progress)
-                    break
-                except Changed as change:
-                    promoted(model, x, change.faults)
-                    limit, plan = limit if plan is None else plan.limit, None
+            request = _Request(model, x, x2, kind, dtype, products, limit if plan is None else plan.limit)
+            result = request.retried(lambda: request.kernel(plan, check=check, progress=progress))
     bad = int((~result.isfinite()).sum())
     if bad:
         raise KernelError(f"{bad} of {result.numel()} entries of the kernel are not finite")
@@ -152,18 +154,9 @@ def plan(
         x, x2 = _moved(x, x2, parameter.device)
         if batchnorm != "running":
             return batch_plan(model, x, x2, kind=kind, mixed=batchnorm != "batch", limit=limit, dtype=dtype)
-        return _settled(
-            model,
-            structure_of(model, x),
-            x,
-            x2,
-            kind,
-            _classes(model, x),
-            dtype,
-            products,
-            limit,
-            measured=measured,
-        )
+        request = _Request(model, x, x2, kind, dtype, products, limit)
+        costs = (measured_costs if measured else table)(parameter.device)
+        return request.retried(lambda: request.plan(costs))
 
 
 def _checked(
@@ -177,6 +170,8 @@ def _checked(
     products: str | None,
 ) -> tuple[nn.Parameter, torch.dtype, int]:
     """The first trained parameter, the dtype of the sums and the bytes allowed, all arguments in range."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; give an nn.Module")
     if kind not in KINDS:
         raise ConfigError(unknown_choice("kind", kind, KINDS))
     if batchnorm not in BATCHNORM:
@@ -208,110 +203,140 @@ def _moved(x: Inputs, x2: Inputs | None, device: torch.device) -> tuple[Inputs, 
     return mapped(x, moved), None if x2 is None else mapped(x2, moved)
 
 
-def _classes(model: nn.Module, x: Inputs) -> int:
-    with torch.no_grad():
-        return inputs.outputs(model, select(x, slice(0, 1))).shape[1]
+class _Request:
+    """One kernel with running statistics: the model in evaluation mode and what is asked of it."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Inputs,
+        x2: Inputs | None,
+        kind: str,
+        dtype: torch.dtype,
+        products: str | None,
+        limit: int,
+    ) -> None:
+        self._model, self._x, self._x2 = model, x, x2
+        self._kind, self._dtype, self._products, self._limit = kind, dtype, products, limit
+        self._pair = pair(x, x2)
+        # A few of the model's gradients within the bound; structures are tested by groups of parameters.
+        self._elements = limit / 16 / dtype.itemsize
 
-def _running(
-    model: nn.Module,
-    x: Inputs,
-    x2: Inputs | None,
-    made: tuple[int, int | None, str, torch.dtype, str | None],
-    limit: int,
-    plan: Plan | None,
-    *,
-    check: bool,
-    progress: bool,
-) -> Tensor:
-    """The kernel with running statistics.
+    def retried(self, work: Callable[[], _Result]) -> _Result:
+        """The work, again as long as examples show that a parameter acts otherwise than it was thought to."""
+        while True:
+            try:
+                return work()
+            except Changed as change:
+                promoted(self._model, self._pair, self._elements, change.faults)
 
-    Raises:
-        Changed: a parameter acts otherwise on these examples than on the first ones.
-    """
-    _, _, kind, dtype, products = made
-    structure, classes = structure_of(model, x), _classes(model, x)
-    if plan is None:
-        plan = _settled(model, structure, x, x2, kind, classes, dtype, products, limit, measured=False)
-    found = _routed(model, structure, plan)
-    cotangents = _cotangents(kind, classes, next(iter(trained(model).values())))
-    factors = torch.bfloat16 if products == "bf16" else dtype
-    if check:
-        verify(model, structure, found, x, cotangents.shape[1], dtype, factors, plan.space)
-    return _filled(model, structure, found, x, x2, kind, cotangents, plan, progress)
+    def structure(self) -> Structure:
+        """Through what the parameters act."""
+        return structure_of(self._model, self._pair, self._elements)
 
+    @cached_property
+    def _cotangents(self) -> Tensor:
+        """[sets, R, C]; after the structure, which makes sure that a forward does no harm."""
+        with torch.enable_grad():  # without it some modules take another path
+            classes = inputs.outputs(self._model, select(self._x, slice(0, 1))).shape[1]
+        return _cotangents(self._kind, classes, next(iter(trained(self._model).values())))
 
-def _settled(
-    model: nn.Module,
-    structure: Structure,
-    x: Inputs,
-    x2: Inputs | None,
-    kind: str,
-    classes: int,
-    dtype: torch.dtype,
-    products: str | None,
-    limit: int,
-    *,
-    measured: bool,
-) -> Plan:
-    parameter = next(iter(trained(model).values()))
-    rows = _cotangents(kind, classes, parameter)
-    costs = (measured_costs if measured else table)(parameter.device)
-    sizes = count(x), None if x2 is None else count(x2)
-    return settle(model, structure, x, sizes, kind, (len(rows), rows.shape[1]), dtype, products, limit, costs)
+    def plan(self, costs: Costs) -> Plan:
+        """The plan by these costs."""
+        structure = self.structure()
+        return settle(
+            self._model,
+            structure,
+            self._x,
+            (count(self._x), None if self._x2 is None else count(self._x2)),
+            self._kind,
+            (len(self._cotangents), self._cotangents.shape[1]),
+            self._dtype,
+            self._products,
+            self._limit,
+            costs,
+        )
 
+    def kernel(self, given: Plan | None, *, check: bool, progress: bool) -> Tensor:
+        """The kernel by the plan, or by one of its own.
 
-def _routed(model: nn.Module, structure: Structure, plan: Plan) -> list[Block]:
-    """The blocks that the plan has a route for, set to it; the others act nowhere."""
-    routes = {layer.names: layer.route for layer in plan.layers}
-    found = []
-    for block in blocks(model, structure):
-        if tuple(block.names) in routes:
-            block.route = routes[tuple(block.names)]
-            found.append(block)
-    return found
+        Raises:
+            ConfigError: the plan was made for another kernel.
+            Changed: a parameter acts otherwise than it was thought to.
+        """
+        model, structure = self._model, self.structure()
+        device = next(iter(trained(model).values())).device
+        plan = self.plan(table(device)) if given is None else given
+        asked = (count(self._x), None if self._x2 is None else count(self._x2), self._kind, self._dtype)
+        if (plan.n, plan.m, plan.kind, plan.dtype) != asked or plan.products != self._products:
+            raise ConfigError(f"plan was made for another kernel: {str(plan).splitlines()[0]}")
+        found = self._routed(plan)
+        factors = torch.bfloat16 if self._products == "bf16" else self._dtype
+        verifier = None
+        if check:
+            routes = tuple((layer.names, layer.route) for layer in plan.layers)
+            key = (self._kind, self._dtype, self._products, str(plan.passes), routes)
+            verifier = Verifier(model, structure, key, factors, self._elements)
+            if verifier.needed:
+                tile = Tile(taped(model, structure, self._pair), None, self._dtype, factors, plan.space)
+                verifier.blocks(found, self._pair, tile, self._cotangents.shape[1])
+        result = self._filled(structure, found, plan, factors, verifier, progress=progress)
+        if verifier is not None and verifier.needed and bool(result.isfinite().all()):
+            verifier.entries(result, self._x, self._x if self._x2 is None else self._x2, self._kind)
+            verifier.done()
+        return result
 
+    def _routed(self, plan: Plan) -> list[Block]:
+        """The blocks that the plan has a route for, set to it; on the others no output depends."""
+        routes = {layer.names: layer.route for layer in plan.layers}
+        listed = {tuple(block.names): block for block in blocks(self._model, self.structure())}
+        if plan.made_for != signature_of(self._model, self._x) or set(listed) != set(routes) | set(plan.idle):
+            raise ConfigError("plan was made for another model, or for other parameters of it; make it anew")
+        for names, route in routes.items():
+            listed[names].route = route
+        return [listed[names] for names in routes]
 
-def _filled(
-    model: nn.Module,
-    structure: Structure,
-    found: list[Block],
-    x: Inputs,
-    x2: Inputs | None,
-    kind: str,
-    cotangents: Tensor,
-    plan: Plan,
-    progress: bool,
-) -> Tensor:
-    """Σ_θ G_ir G_jsᵀ for each of the sets of cotangents [sets, R, C], in the shape of the kind."""
-    sets, rows, classes = cotangents.shape
-    result = cotangents.new_zeros(
-        classes if kind == "class" else 1, plan.n, plan.m or plan.n, rows, rows, dtype=plan.dtype
-    )
-    factors = torch.bfloat16 if plan.products == "bf16" else plan.dtype
-    other = x if x2 is None else x2
-    with torch.no_grad(), _bar(progress, len(plan.passes) * sets) as advance:
-        for left, right in plan.passes:
-            examples = select(x, left) if right is None else joined(select(x, left), select(other, right))
-            tape = taped(model, structure, examples)
-            split = None if right is None else left.stop - left.start
-            tile = Tile(tape, split, plan.dtype, factors, plan.space)
-            for k, v in enumerate(cotangents):
-                K = _summed(found, tile, v, plan.products)
-                advance()
-                if K is None:
-                    continue
-                K = (mirrored(K) if split is None else K).permute(0, 2, 1, 3)
-                slot = result[k % len(result)]
-                slot[left, left if right is None else right] += K
-                if x2 is None and right is not None:
-                    slot[right, left] += K.permute(1, 0, 3, 2)
-            del tape, tile  # before the next forward
-    if kind == "trace":
-        result /= classes
-    if kind == "full":
-        return result[0]
-    return result[..., 0, 0] if kind == "class" else result[0, ..., 0, 0]
+    def _filled(
+        self,
+        structure: Structure,
+        found: list[Block],
+        plan: Plan,
+        factors: torch.dtype,
+        verifier: Verifier | None,
+        *,
+        progress: bool,
+    ) -> Tensor:
+        """Σ_θ G_ir G_jsᵀ for each of the sets of cotangents [sets, R, C], in the shape of the kind."""
+        sets, rows, classes = self._cotangents.shape
+        result = self._cotangents.new_zeros(
+            classes if plan.kind == "class" else 1, plan.n, plan.m or plan.n, rows, rows, dtype=plan.dtype
+        )
+        x, other = self._x, self._x if self._x2 is None else self._x2
+        with torch.no_grad(), _bar(progress, len(plan.passes) * sets) as advance:
+            for left, right in plan.passes:
+                examples = select(x, left) if right is None else joined(select(x, left), select(other, right))
+                tape = taped(self._model, structure, examples)
+                tape.footprint = plan.footprint
+                split = None if right is None else left.stop - left.start
+                tile = Tile(tape, split, plan.dtype, factors, plan.space)
+                if verifier is not None:
+                    verifier.outputs(tile, examples)
+                for k, v in enumerate(self._cotangents):
+                    K = _summed(found, tile, v, plan.products)
+                    advance()
+                    if K is None:
+                        continue
+                    K = (mirrored(K) if split is None else K).permute(0, 2, 1, 3)
+                    slot = result[k % len(result)]
+                    slot[left, left if right is None else right] += K
+                    if self._x2 is None and right is not None:
+                        slot[right, left] += K.permute(1, 0, 3, 2)
+                del tape, tile  # before the next forward
+        if plan.kind == "trace":
+            result /= classes
+        if plan.kind == "full":
+            return result[0]
+        return result[..., 0, 0] if plan.kind == "class" else result[0, ..., 0, 0]
 
 
 def _summed(found: list[Block], tile: Tile, cotangents: Tensor, products: str | None) -> Tensor | None:
@@ -353,6 +378,12 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     Also what modules store on themselves in their forward: a replay would leave dead tensors there.
     """
     attributes = [(module, dict(vars(module))) for module in model.modules()]
+    collections = [
+        (value, value.copy())
+        for _, stored in attributes
+        for value in stored.values()
+        if type(value) in (list, dict)
+    ]
     cuda = [device] if device.type == "cuda" else []
     with (
         torch.inference_mode(False),
@@ -368,6 +399,9 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             for module, stored in attributes:
                 vars(module).clear()
                 vars(module).update(stored)
+            for value, before in collections:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(before)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from tangentlab.kernels.capture import Tape
 from tangentlab.kernels.costs import Costs
 from tangentlab.kernels.inputs import Inputs, apply, mapped, select
 from tangentlab.kernels.products import chunks
-from tangentlab.kernels.structure import Structure, blocks, taped
+from tangentlab.kernels.structure import Structure, blocks, signature_of, taped
 from tangentlab.kernels.uses import Convolution, Use
 
 # Two slices of examples that meet in one tile; right None where a slice meets itself.
@@ -67,6 +67,9 @@ class Plan:
         seconds: expected by ``costs``.
         bytes: expected growth of working memory.
         space: elements that the transients of the Gram may hold.
+        footprint: elements of an example's graph.
+        idle: parameters on which no output depends.
+        made_for: what of the model and the examples the plan holds for.
     """
 
     n: int
@@ -83,6 +86,9 @@ class Plan:
     bytes: int
     space: float
     costs: Costs
+    footprint: int
+    idle: tuple[tuple[str, ...], ...]
+    made_for: object = field(repr=False)
 
     @property
     def tile(self) -> int:
@@ -234,6 +240,9 @@ def settle(
         int(held + item * (kept + space)),
         space,
         costs,
+        tape.footprint,
+        tuple(tuple(block.names) for i, block in enumerate(found) if i not in layers),
+        signature_of(model, x),
     )
 
 
@@ -327,7 +336,7 @@ def _acts(block: Block, tape: Tape) -> str:
 
 def _forward_flops(model: nn.Module, x: Inputs) -> float:
     counter = _Flops()
-    with torch.no_grad(), counter:
+    with torch.enable_grad(), counter:  # some models differentiate
         apply(model, x)
     return counter.total
 

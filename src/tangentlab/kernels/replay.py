@@ -7,15 +7,30 @@ grouped and transposed convolutions, bare parameters, parametrizations, and at w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from tangentlab.errors import first_line
 from tangentlab.kernels.capture import Tape
+from tangentlab.kernels.products import chunks
 from tangentlab.kernels.sites import Call, dense
+
+# Of one row: a gradient in the making and what it is added to, or results one by one and then stacked.
+_MAKING = 3
+
+
+class CannotReplay(Exception):
+    """A module does not run on one example of what it was called with.
+
+    It read what its parent had set up around the call: a precision, an attribute with the batch's shape.
+    """
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"cannot be run on one example alone: {first_line(cause)}")
 
 
 class Replay:
@@ -28,89 +43,159 @@ class Replay:
         self.module = module
         self._names = names
         self._vectorized = True
+        self._graphs: dict[object, int] = {}
 
     def gradient(self, tape: Tape, dtype: torch.dtype, space: float) -> Tensor | None:
-        chunk = max(1, int(space / max(1, self.transient(tape))))
-        G: Tensor | None = None
-        for call, delta in self._live(tape):
-            share = self._pulled(call, delta, chunk).to(dtype)
-            G = share if G is None else G + share
+        """G [n, R, P] in ``dtype``; beside it at most ``space`` elements are held, or what one example takes.
+
+        As many examples as fit are run together, each by itself where no two do; with ``space`` zero, which
+        is a test, one by one in the way of many.
+
+        Raises:
+            CannotReplay: the module does not run on one example.
+        """
+        live = self._live(tape)
+        if not live:
+            return None
+        n, rows = live[0][1].shape[:2]
+        sizes = [p.numel() for p in self._parameters()]
+        chunk = space // max(1, self.transient(tape) + rows * sum(sizes)) if space else 1.0
+        vectorized = chunk > 1 or not space
+        G = live[0][1].new_zeros(n, rows, sum(sizes), dtype=dtype)
+        with torch.no_grad():
+            for call, delta in live:
+                for part in chunks(n, chunk):
+                    slots, inputs = G[part].split(sizes, 2), [t[part] for t in call.inputs]
+                    if not (vectorized and self._add_together(slots, call, inputs, delta[part])):
+                        self._add_alone(slots, call, inputs, delta[part])
         return G
 
     def _live(self, tape: Tape) -> list[tuple[Call, Tensor]]:
         """The calls that the outputs depend on, and their cotangents [n, R, ...]."""
         return [(call, call.delta.squeeze(2)) for call in tape.calls[self.module] if call.delta is not None]
 
-    def _pulled(self, call: Call, delta: Tensor, chunk: int) -> Tensor:
-        """[n, R, P] of one call with the cotangents δ [n, R, ...]."""
-        if self._vectorized:
-            with (
-                torch.no_grad(),
-                warnings.catch_warnings(),
-            ):  # vjp records nevertheless, but only for the names
-                # What torch cannot vectorize it loops over, correctly, and says so at each new operator.
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                try:
-                    result: Tensor = vmap(
-                        lambda inputs, rows: self._example(call, inputs, rows), chunk_size=chunk
-                    )(call.inputs, delta)
-                    return result
-                except (RuntimeError, ValueError):
-                    # No batching rule, a random draw, or control flow that depends on the data.
-                    self._vectorized = False
-        return torch.stack(
-            [self._alone(call, [t[i] for t in call.inputs], rows) for i, rows in enumerate(delta)]
-        )
+    def _parameters(self) -> list[nn.Parameter]:
+        return [self.module.get_parameter(name) for name in self._names]
 
-    def _example(self, call: Call, inputs: list[Tensor], rows: Tensor) -> Tensor:
-        """[R, P] of one example inside vmap: its inputs [...], its cotangents [R, ...]."""
+    def _add_together(self, G: Sequence[Tensor], call: Call, inputs: list[Tensor], delta: Tensor) -> bool:
+        """Add the gradients of k examples by δ [k, R, ...] to the parameters' G [k, R, p], if it can be."""
+        if not self._vectorized:
+            return False
+        try:
+            found = self._together(call, inputs, delta)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            # No batching rule, a random draw, or control flow that depends on the data. Should it be anything
+            # else, the plain run says so too.
+            self._vectorized = False
+            return False
+        for r, gradients in enumerate(found):
+            for slot, gradient in zip(G, gradients, strict=True):
+                slot[:, r] += gradient.reshape(slot[:, r].shape)
+        return True
 
-        def forward(parameters: dict[str, Tensor]) -> Tensor:
-            args, kwargs = self._arguments(call, inputs)
-            output: Tensor = functional_call(self.module, parameters, args, kwargs)
-            return output.squeeze(0)
+    def _add_alone(self, G: Sequence[Tensor], call: Call, inputs: list[Tensor], delta: Tensor) -> None:
+        """The same, example by example."""
+        for i, rows in enumerate(delta):
+            for r, gradients in enumerate(self._alone(call, [t[i] for t in inputs], rows)):
+                for slot, gradient in zip(G, gradients, strict=True):
+                    if gradient is not None:
+                        slot[i, r] += gradient.flatten()
 
-        pull = vjp(forward, {name: self.module.get_parameter(name).detach() for name in self._names})[1]
-        # Row by row: a vmap inside the other makes the gradients of PReLU wrong (torch 2.13).
-        pulled = [pull(row)[0] for row in rows]
-        return torch.stack(
-            [torch.cat([gradients[name].flatten() for name in self._names]) for gradients in pulled]
-        )
+    def _together(self, call: Call, inputs: list[Tensor], delta: Tensor) -> Sequence[Sequence[Tensor]]:
+        """The gradients [k, ...] of every parameter, row by row; vjp records although gradients are off."""
 
-    def _alone(self, call: Call, inputs: list[Tensor], rows: Tensor) -> Tensor:
-        """The same by autograd, for what torch.func cannot transform."""
-        parameters = [self.module.get_parameter(name) for name in self._names]
-        with torch.enable_grad():
-            args, kwargs = self._arguments(call, inputs)
-            output = self.module(*args, **kwargs)
-        pulled = []
-        for row in rows:
-            gradients: Sequence[Tensor | None] = [None] * len(parameters)
-            if output.requires_grad:
+        def rows_of(inputs: list[Tensor], rows: Tensor) -> list[list[Tensor]]:
+            def forward(parameters: dict[str, Tensor]) -> Tensor:
+                args, kwargs = self._arguments(call, inputs)
+                output: Tensor = functional_call(self.module, parameters, args, kwargs)
+                return output.squeeze(0)
+
+            at = {name: p.detach() for name, p in zip(self._names, self._parameters(), strict=True)}
+            pull = vjp(forward, at)[1]
+            # Row by row: a vmap inside the other makes the gradients of PReLU wrong (torch 2.13).
+            return [[gradients[name] for name in self._names] for gradients in (pull(row)[0] for row in rows)]
+
+        with warnings.catch_warnings():
+            # What torch cannot vectorize it loops over, correctly, and says so at each new operator.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            found: list[list[Tensor]] = vmap(rows_of)(inputs, delta)
+        return found
+
+    def _alone(self, call: Call, inputs: list[Tensor], rows: Tensor) -> Iterator[list[Tensor | None]]:
+        """The same of one example by autograd, for what torch.func cannot transform; None is zero."""
+        parameters = self._parameters()
+        try:
+            output = self._run(call, inputs)
+            for row in rows if output.requires_grad else ():
                 gradients = torch.autograd.grad(
                     [output], parameters, [row[None]], retain_graph=True, allow_unused=True
                 )
-            pulled.append(
-                torch.cat(
-                    [
-                        torch.zeros_like(p).flatten() if g is None else dense(g).flatten()
-                        for p, g in zip(parameters, gradients, strict=True)
-                    ]
-                )
-            )
-        return torch.stack(pulled)
+                yield [None if g is None else dense(g) for g in gradients]
+        except _FAILURES as error:
+            if _exhausted(error):
+                raise
+            raise CannotReplay(error) from error
 
-    def _arguments(self, call: Call, inputs: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _run(self, call: Call, inputs: list[Tensor]) -> Tensor:
+        """The module's output [1, ...] on one example, with its graph."""
+        with torch.enable_grad():
+            args, kwargs = self._arguments(call, inputs)
+            output: Tensor = self.module(*args, **kwargs)
+        return output
+
+    def _arguments(self, call: Call, inputs: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Clones, for a module that changes its inputs in place would change the tape's.
         return call.arguments(tensor.unsqueeze(0).clone() for tensor in inputs)
 
     def transient(self, tape: Tape) -> int:
-        """A container's replay holds at most what the model's graph does, a leaf's a few outputs."""
+        """Elements that one example takes while it is replayed, its G not counted.
+
+        Its graph and as much again for what the forward and the backward drop on the way, copies of what
+        enters and leaves, and one row's gradient in the making.
+        """
         live = self._live(tape)
         if not live:
             return 0
-        rows = live[0][1].shape[1]
-        own = sum(p.numel() for p in map(self.module.get_parameter, self._names))
-        outputs = max(delta[0].numel() + sum(t[0].numel() for t in call.inputs) for call, delta in live)
-        graph = tape.footprint if any(self.module.children()) else 0
-        return (1 + rows) * (graph + 4 * outputs + own)
+        own = sum(p.nbytes for p in self._parameters())
+        run = max(
+            2 * self._graph(call, tape) + 4 * (delta[0, 0].nbytes + sum(t[0].nbytes for t in call.inputs))
+            for call, delta in live
+        )
+        return -(-(run + _MAKING * own) // tape.output.element_size())
+
+    def _graph(self, call: Call, tape: Tape) -> int:
+        """Bytes that autograd keeps of one example's run: measured, for it is not known of any module."""
+        key = call.entries(len(tape))
+        if key not in self._graphs:
+            own = {
+                t.untyped_storage().data_ptr() for t in (*self.module.parameters(), *self.module.buffers())
+            }
+            kept: dict[int, torch.UntypedStorage] = {}
+
+            def keep(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in own:
+                    kept[storage.data_ptr()] = storage
+                return tensor.detach()  # itself, it would hold its own graph in a cycle that is never freed
+
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                    self._run(call, [t[0] for t in call.inputs])
+                self._graphs[key] = sum(storage.nbytes() for storage in kept.values())
+            except _FAILURES as error:
+                if _exhausted(error):
+                    raise
+                # The replay will say so; the graph is at most the model's.
+                self._graphs[key] = tape.footprint * tape.output.element_size()
+        return self._graphs[key]
+
+
+# What a module raises that is not set up for the call.
+_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+
+
+def _exhausted(error: Exception) -> bool:
+    """Whether memory ran out, for which CPUs have no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

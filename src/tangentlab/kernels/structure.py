@@ -3,8 +3,8 @@
 A parameter is first taken to act through the functions that have a rule. That is wrong for a weight that is
 computed from parameters, for one that enters other functions, or one whose gradient mixes with the rest:
 then the module that holds it is run again instead, or the one around that, at worst the model itself. Two
-tests decide, on two examples: whether every use in the autograd graph lies inside the recorded sites (which
-a gradient of zero cannot hide), and whether the gradients agree with those of each example run alone.
+tests decide, on two unlike examples: whether every use in the autograd graph lies inside the recorded sites
+(which a gradient of zero cannot hide), and whether the gradients agree with those of each example run alone.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from torch.autograd.graph import get_gradient_edge
 from torch.jit import ScriptModule
 
 from tangentlab.errors import KernelError
+from tangentlab.kernels.alone import Alone, dot, grouped
 from tangentlab.kernels.blocks import Block, Replayed
 from tangentlab.kernels.capture import Tape, consumers, record
 from tangentlab.kernels.direct import Direct
-from tangentlab.kernels.inputs import Inputs, count, joined, outputs, select, tensors
-from tangentlab.kernels.replay import Replay
-from tangentlab.kernels.reproducible import called, mixing, reproducible
-from tangentlab.kernels.sites import Site, dense
+from tangentlab.kernels.inputs import Inputs, count, joined, select, tensors
+from tangentlab.kernels.replay import CannotReplay, Replay
+from tangentlab.kernels.reproducible import called, coarsest, mixing, reproducible
+from tangentlab.kernels.sites import Site
 from tangentlab.randomness import generator
+
+Parameters = Mapping[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Path:
 
 Structure = Mapping[str, Path]
 
-# The last structure checked of each model; paths only, so that the model can be freed.
-_checked: WeakKeyDictionary[nn.Module, tuple[object, Structure]] = WeakKeyDictionary()
+# The last structure found of each model; paths only, so that the model can be freed.
+_known: WeakKeyDictionary[nn.Module, tuple[object, Structure]] = WeakKeyDictionary()
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -69,7 +72,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Changed(Exception):
-    """A parameter acts on other examples in another way than on the first ones.
+    """A parameter acts on other examples in another way than on the two that were tested.
 
     Attributes:
         faults: the parameters by name, and what differs.
@@ -86,28 +89,19 @@ def taped(model: nn.Module, structure: Structure, x: Inputs) -> Tape:
     Raises:
         Changed: a parameter acts elsewhere than the structure says, or through other numbers of entries.
     """
-    tape = _recorded(model, structure, x)
-    faults = _faults(model, structure, tape)
+    parameters = trained(model)
+    tape = _recorded(model, parameters, structure, x)
+    sites = _sites(model, parameters, structure, tape)
+    faults = _faults(parameters, sites, tape)
     for name, path in structure.items():
-        if name not in faults and _entries(model, name, path, tape) != path.entries:
+        if name not in faults and tuple(site.entries(len(tape)) for site in sites[name]) != path.entries:
             faults[name] = "it acts on as many entries as the data say"
     if faults:
         raise Changed(faults)
     return tape
 
 
-def promoted(model: nn.Module, x: Inputs, faults: Mapping[str, str]) -> None:
-    """Take the parameters by the next way, for all kernels of the model from now on.
-
-    Raises:
-        KernelError: there is none.
-    """
-    signature, structure = _checked[model]
-    _checked[model] = (signature, _Check(model, select(x, slice(0, 2)), structure, faults).settled())
-
-
-def _recorded(model: nn.Module, structure: Structure, x: Inputs) -> Tape:
-    parameters = trained(model)
+def _recorded(model: nn.Module, parameters: Parameters, structure: Structure, x: Inputs) -> Tape:
     direct = {
         id(parameters[name]): (parameters[name], path.axis)
         for name, path in structure.items()
@@ -117,29 +111,30 @@ def _recorded(model: nn.Module, structure: Structure, x: Inputs) -> Tape:
     return record(model, x, direct, modules)
 
 
-def _sites(model: nn.Module, name: str, path: Path, tape: Tape) -> list[Site]:
-    if path.replayed:
-        return [call for at in path.replayed for call in tape.calls[model.get_submodule(at)]]
-    return list(tape.uses[id(trained(model)[name])])
+def _sites(
+    model: nn.Module, parameters: Parameters, structure: Structure, tape: Tape
+) -> dict[str, list[Site]]:
+    """Where each parameter acts."""
+    return {
+        name: [call for at in path.replayed for call in tape.calls[model.get_submodule(at)]]
+        if path.replayed
+        else list(tape.uses[id(parameters[name])])
+        for name, path in structure.items()
+    }
 
 
-def _entries(model: nn.Module, name: str, path: Path, tape: Tape) -> tuple[object, ...]:
-    return tuple(site.entries(len(tape)) for site in _sites(model, name, path, tape))
-
-
-def _faults(model: nn.Module, structure: Structure, tape: Tape) -> dict[str, str]:
+def _faults(parameters: Parameters, sites: Mapping[str, list[Site]], tape: Tape) -> dict[str, str]:
     """The parameters whose gradients cannot be had from their sites, and why."""
     faults: dict[str, str] = {}
-    parameters, users = trained(model), consumers(tape.output)
+    users = consumers(tape.output)
     inside = {site: site.inside() for site in tape.sites()}
-    for name, path in structure.items():
-        sites = _sites(model, name, path, tape)
-        fault = next(filter(None, (site.fault(len(tape)) for site in sites)), None)
-        known = set().union(*(inside[site] for site in sites))
+    for name, own in sites.items():
+        fault = next(filter(None, (site.fault(len(tape)) for site in own)), None)
+        known = set().union(*(inside[site] for site in own))
         if fault is not None:
             faults[name] = f"a site {fault}"
         elif not users.get(get_gradient_edge(parameters[name]).node, set()) <= known:
-            faults[name] = "it is used elsewhere" if sites else "no function with a rule uses it"
+            faults[name] = "it is used elsewhere" if own else "no function with a rule uses it"
     return faults
 
 
@@ -165,31 +160,59 @@ def _local(module: nn.Module, parameter: nn.Parameter) -> list[str]:
     return [name for name, p in module.named_parameters(remove_duplicate=False) if p is parameter]
 
 
-def structure_of(model: nn.Module, x: Inputs) -> Structure:
+def structure_of(model: nn.Module, pair: Inputs, elements: float) -> Structure:
     """Through what each parameter that requires grad acts.
 
     Args:
         model: in evaluation mode.
-        x: [n, ...]; the first two examples are run.
+        pair: two examples, to be run.
+        elements: how much of the gradients may be held at once.
 
     Raises:
-        KernelError: the model draws random numbers, mixes examples, or has a parameter for which no exact
-            per-example gradient was found; names it.
+        KernelError: the model draws random numbers, changes its parameters, mixes examples, or has a
+            parameter for which no exact per-example gradient was found; names it.
     """
-    signature = _signature(model, x)
-    if model not in _checked or _checked[model][0] != signature:
-        _checked[model] = (signature, _Check(model, select(x, slice(0, 2))).settled())
-    return _checked[model][1]
+    signature = signature_of(model, pair)
+    if model not in _known or _known[model][0] != signature:
+        _known[model] = (signature, _Check(model, pair, elements).settled(None, {}))
+    return _known[model][1]
 
 
-def _signature(model: nn.Module, x: Inputs) -> object:
+def promoted(model: nn.Module, pair: Inputs, elements: float, faults: Mapping[str, str]) -> None:
+    """Take the parameters by their next way, for all kernels of the model from now on.
+
+    Raises:
+        KernelError: there is none.
+    """
+    signature, structure = _known[model]
+    _known[model] = (signature, _Check(model, pair, elements).settled(structure, faults))
+
+
+def forget(model: nn.Module) -> None:
+    """Find the structure anew at the next call."""
+    _known.pop(model, None)
+
+
+def signature_of(model: nn.Module, x: Inputs) -> object:
+    """What a structure depends on: parameters, modules with plain attributes and hooks, and examples."""
+    modules = [
+        (
+            type(module),
+            {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN) and k != "training"},
+            id(vars(module).get("forward")),
+            [list(hooks) for k, hooks in vars(module).items() if k.endswith("_hooks") and hooks],
+        )
+        for module in model.modules()
+    ]
     return (
         _holders(model),
         [(name, p.shape, p.dtype, p.device) for name, p in trained(model).items()],
-        [type(module) for module in model.modules()],
+        modules,
         [(place, t.shape[1:], t.dtype) for place, t in tensors(x).items()],
-        count(x) > 1,
     )
+
+
+_PLAIN = (bool, int, float, str, tuple, torch.dtype, type(None))
 
 
 def _holders(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -206,65 +229,56 @@ def _holders(model: nn.Module) -> dict[str, tuple[str, ...]]:
 class _Check:
     """The two tests on a pair of examples, and what follows from a failure."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pair: Inputs,
-        structure: Structure | None = None,
-        faults: Mapping[str, str] = {},
-    ) -> None:
-        """``structure`` is one that was settled before, ``faults`` what was found against it since."""
-        self._model, self._pair = model, pair
+    def __init__(self, model: nn.Module, pair: Inputs, elements: float) -> None:
+        self._model, self._pair, self._elements = model, pair, elements
         self._parameters = trained(model)
-        self._holders = _holders(model)
-        self._before = structure
-        self._faults = dict(faults)
+        refused = _refused(model)
+        if refused:
+            raise KernelError(refused)
+        outputs = reproducible(model, pair)
+        self._alone = [Alone(model, pair, i) for i in range(count(pair))]
+        # Another one for each example, lest they be taken for one another.
+        self._v = torch.randn(outputs.shape, generator=generator(0, "kernels.structure")).to(outputs)
+        self._tolerance = self._measured(outputs)
+        if not self._tolerance.outputs_agree(outputs, torch.cat([alone.output for alone in self._alone])):
+            raise KernelError(
+                f"{mixing(model, pair)} mixes examples: an output depends on the other examples in the "
+                "batch, so that the kernel of single examples is undefined"
+            )
 
-    def settled(self) -> Structure:
-        self._gradients = self._tested()
-        structure = self._first() if self._before is None else dict(self._before)
-        wrong = self._faults
+    def settled(self, structure: Structure | None, faults: Mapping[str, str]) -> Structure:
+        """The structure; with one that was settled before, ``faults`` are what was found against it since."""
+        paths = self._first() if structure is None else dict(structure)
+        wrong = dict(faults)
         while True:
             for name, reason in wrong.items():
-                structure[name] = self._promoted(name, structure[name], reason)
-            tape = _recorded(self._model, structure, self._pair)
-            wrong = _faults(self._model, structure, tape)
-            wrong |= self._differing(structure, tape, set(wrong))
+                paths[name] = self._promoted(name, paths[name], reason)
+            tape = _recorded(self._model, self._parameters, paths, self._pair)
+            sites = _sites(self._model, self._parameters, paths, tape)
+            wrong = _faults(self._parameters, sites, tape)
+            wrong |= self._differing(paths, tape, set(wrong))
             if not wrong:
                 break
         return {
-            name: replace(path, entries=_entries(self._model, name, path, tape))
-            for name, path in structure.items()
+            name: replace(path, entries=tuple(site.entries(len(tape)) for site in sites[name]))
+            for name, path in paths.items()
         }
 
-    def _tested(self) -> list[dict[str, Tensor | None]]:
-        """The gradients of each example alone, of a model that is a function of single examples."""
-        refused = _refused(self._model)
-        if refused:
-            raise KernelError(refused)
-        first = reproducible(self._model, self._pair)
-        self._v = torch.randn(first.shape[1], generator=generator(0, "kernels.structure")).to(first)
-        alone = [self._alone(i) for i in range(len(first))]
-        self._tolerance = _Tolerance(first.dtype, [g for _, g in alone], list(self._parameters.values()))
-        if not self._tolerance.outputs_agree(first, torch.cat([output for output, _ in alone])):
-            where = mixing(self._model, self._pair)
-            raise KernelError(
-                f"{where} mixes examples: an output depends on the other examples in the batch, "
-                "so that the kernel of single examples is undefined"
-            )
-        return [gradients for _, gradients in alone]
+    def _measured(self, outputs: Tensor) -> _Tolerance:
+        whole = [0.0] * len(self._alone)
+        moved = [0.0] * len(self._alone)
+        for names in grouped({name: p.numel() for name, p in self._parameters.items()}, self._elements):
+            for i, gradients in enumerate(self._gradients(names)):
+                for name, g in gradients.items():
+                    if g is not None:
+                        whole[i] += dot(g, g)
+                        moved[i] += float((g * self._parameters[name].detach()).norm()) ** 2
+        return _Tolerance(coarsest(self._model, outputs), math.sqrt(max(whole)), math.sqrt(max(moved)))
 
-    def _alone(self, i: int) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """The outputs of example i run alone, and the gradients of their product with v, None if unused."""
-        with torch.enable_grad():
-            output = outputs(self._model, select(self._pair, slice(i, i + 1)))
-        if not output.requires_grad:
-            return output, dict.fromkeys(self._parameters)
-        gradients = torch.autograd.grad(
-            [(output @ self._v).sum()], list(self._parameters.values()), allow_unused=True
-        )
-        found = (None if g is None else dense(g) for g in gradients)
-        return output.detach(), dict(zip(self._parameters, found, strict=True))
+    def _gradients(self, names: Sequence[str]) -> list[dict[str, Tensor | None]]:
+        """Of each example alone."""
+        parameters = {name: self._parameters[name] for name in names}
+        return [alone.gradients(parameters, v) for alone, v in zip(self._alone, self._v, strict=True)]
 
     def _first(self) -> dict[str, Path]:
         """All parameters through functions; the examples' axis is the one that grows with their number."""
@@ -285,23 +299,37 @@ class _Check:
             if site.fault(len(tape)) is not None:
                 site.edge = None
         tape.pull(self._v[None])
-        for block in blocks(self._model, structure):
-            if known & set(block.names):
-                continue
+        sizes = {
+            block: sum(self._parameters[name].numel() for name in block.names)
+            for block in blocks(self._model, structure)
+            if not known & set(block.names)
+        }
+        for group in grouped(sizes, self._elements):
+            expected = self._gradients([name for block in group for name in block.names])
+            for block in group:
+                wrong |= self._disagreeing(block, tape, expected)
+        return wrong
+
+    def _disagreeing(
+        self, block: Block, tape: Tape, expected: list[dict[str, Tensor | None]]
+    ) -> dict[str, str]:
+        wrong: dict[str, str] = {}
+        try:
             G = block.gradient(tape, tape.output.dtype)
-            sizes = [self._parameters[name].numel() for name in block.names]
-            shares = G[:, 0].split(sizes, 1) if G is not None else [None] * len(sizes)
+        except CannotReplay as fault:
+            return dict.fromkeys(block.names, f"its module {fault}")
+        sizes = [self._parameters[name].numel() for name in block.names]
+        for i, gradients in enumerate(expected):
+            shares = [None] * len(sizes) if G is None else G[i, 0].split(sizes)
             for name, share in zip(block.names, shares, strict=True):
-                for i, gradients in enumerate(self._gradients):
-                    mine = None if share is None else share[i]
-                    if not self._tolerance.agree(mine, gradients[name]):
-                        wrong[name] = f"it differs from the gradient of example {i} alone"
+                if not self._tolerance.agree(share, gradients[name]):
+                    wrong[name] = "its gradients differ from those of each example alone"
         return wrong
 
     def _promoted(self, name: str, path: Path, reason: str) -> Path:
         """The next way of taking a parameter."""
         scripted = [at for at, module in self._model.named_modules() if isinstance(module, ScriptModule)]
-        paths = (_enclosing(path.replayed),) if path.replayed else self._holders[name]
+        paths = (_enclosing(path.replayed),) if path.replayed else _holders(self._model)[name]
         while set(paths) & set(scripted) and paths != ("",):
             paths = (_enclosing(paths),)  # a scripted module takes no hooks
         if path.replayed == ("",) or "" in scripted:
@@ -346,28 +374,13 @@ class _Tolerance:
 
     Half of the digits, √eps relative to the norm: rounding grows with depth, faults of structure are of order
     one. Where the thing itself cancels to nearly nothing, what is left is rounding, so a floor is added: for
-    a parameter's gradient 64·eps of the whole gradient's norm, which the kernel would not show either; for
-    the outputs 8·eps·‖g∘θ‖, what rounding the parameters does to them.
+    a parameter's gradient 64·eps of the ``whole`` gradient's norm, which the kernel would not show either;
+    for the outputs 8·eps·‖g∘θ‖ (``moved``), what rounding the parameters does to them.
     """
 
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        alone: list[dict[str, Tensor | None]],
-        parameters: list[nn.Parameter],
-    ) -> None:
-        eps = torch.finfo(dtype).eps
+    def __init__(self, eps: float, whole: float, moved: float) -> None:
         self._relative = math.sqrt(eps)
-        whole = [
-            [
-                (g.norm(), (g * p.detach()).norm())
-                for g, p in zip(gradients.values(), parameters, strict=True)
-                if g is not None
-            ]
-            for gradients in alone
-        ]
-        self._gradient_floor = 64 * eps * max(math.hypot(*(float(g) for g, _ in row)) for row in whole)
-        self._output_floor = 8 * eps * max(math.hypot(*(float(gp) for _, gp in row)) for row in whole)
+        self._gradient_floor, self._output_floor = 64 * eps * whole, 8 * eps * moved
 
     def agree(self, a: Tensor | None, b: Tensor | None) -> bool:
         """Whether two gradients agree; None is zero."""

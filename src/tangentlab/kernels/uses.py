@@ -54,15 +54,6 @@ class Use(Site):
         assert self.delta is not None
         return self.delta
 
-    def _shift(self, view: Sequence[int], part: slice, dtype: torch.dtype, factor: Tensor | None) -> Tensor:
-        """Σ δ·factor over all that a parameter, seen as ``view`` beside the output, is broadcast along."""
-        delta = self._delta[part].to(dtype)
-        product = delta if factor is None else delta * factor[:, None].to(dtype)
-        padded = [1] * (len(self.shape or ()) - len(view)) + list(view)
-        kept = [1, *padded[: self.axis], *padded[self.axis + 1 :]]  # k, and the output's other dimensions
-        summed = [i + 2 for i, size in enumerate(kept) if size == 1 and product.shape[i + 2] > 1]
-        return (product.sum(summed) if summed else product).reshape(*delta.shape[:2], -1)
-
 
 class Positional(Use):
     """A weight that meets a vector a_p at every position p = 1 … T of an example: G = Σ_p δ_p a_pᵀ.
@@ -81,6 +72,10 @@ class Positional(Use):
         """T, the positions an example."""
         return self._delta[0, 0].numel() // self.channels
 
+    def transient(self, role: str, n: int) -> int:
+        patches = 2 * self.positions(n) * self.features if role == "weight" else 0
+        return super().transient(role, n) + patches
+
     def patches(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
         """a [b, T, D]."""
         raise NotImplementedError
@@ -93,7 +88,7 @@ class Positional(Use):
         if role == "bias":
             return self.columns(part, slice(None), dtype).sum(3)
         a, d = self.patches(n, part, dtype), self.columns(part, slice(None), dtype)
-        G = torch.einsum("nrot,ntd->nrdo" if self.swapped else "nrot,ntd->nrod", d, a)
+        G: Tensor = torch.einsum("nrot,ntd->nrdo" if self.swapped else "nrot,ntd->nrod", d, a)
         return G.reshape(len(G), G.shape[1], -1)
 
 
@@ -263,13 +258,43 @@ class Affine(Use):
         return axis == 0 or self._normalized is None or len(self._view) < len(self.shape) - axis
 
     def gradient(self, role: str, n: int, part: slice, dtype: torch.dtype) -> Tensor:
-        delta = self._delta[part].to(dtype)
-        if role == "weight":
-            x = self.front(self.inputs[0], n)[part].to(dtype)
-            if self._normalized is not None:
-                x = self._normalized(x.flatten(0, 1)).view_as(x)
-            delta = delta * x[:, None]
+        if role == "bias":
+            return self._shift(part, dtype)
+        x = self.front(self.inputs[0], n)[part].to(dtype)
+        if self._normalized is not None:
+            x = self._normalized(x.flatten(0, 1)).view_as(x)
+        return self._summed(self._delta[part].to(dtype) * x[:, None])
+
+    def _shift(self, part: slice, dtype: torch.dtype) -> Tensor:
+        return self._summed(self._delta[part].to(dtype))
+
+    def _summed(self, product: Tensor) -> Tensor:
+        """[n, R, k, ...] summed over all that the parameters are broadcast along: [n, R, P]."""
         view = self._kept()
         kept = [1, *view[: self.axis], *view[self.axis + 1 :]]  # k, and the output's other dimensions
-        summed = [i + 2 for i, size in enumerate(kept) if size == 1 and delta.shape[i + 2] > 1]
-        return (delta.sum(summed) if summed else delta).reshape(*delta.shape[:2], -1)
+        summed = [i + 2 for i, size in enumerate(kept) if size == 1 and product.shape[i + 2] > 1]
+        return (product.sum(summed) if summed else product).reshape(*product.shape[:2], -1)
+
+
+class BatchNorm(Affine):
+    """x̂ = (x − μ) / √(σ² + eps) with the running statistics, one of each a channel."""
+
+    def __init__(
+        self, x: Tensor, roles: Mapping[str, nn.Parameter], mean: Tensor, var: Tensor, eps: float
+    ) -> None:
+        super().__init__([x], roles, [x.shape[1], *[1] * (x.dim() - 2)])
+        self._mean, self._var, self._eps = mean, var, eps
+
+    def admits(self, axis: int) -> bool:
+        return axis == 0
+
+    def gradient(self, role: str, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        if role == "bias":
+            return self._shift(part, dtype)
+        x = self.front(self.inputs[0], n)[part].to(dtype)
+        x = x.reshape(*x.shape[:3], -1)
+        d = self._delta[part].to(dtype).reshape(len(x), -1, *x.shape[1:])
+        # Σ_p δ_p x̂_p = (Σ_p δ_p x_p − μ Σ_p δ_p) / √(σ² + eps): x̂ is not formed.
+        G: Tensor = torch.einsum("nrkct,nkct->nrc", d, x) - self._mean.to(dtype) * self._shift(part, dtype)
+        G *= (self._var.to(dtype) + self._eps).rsqrt()
+        return G

@@ -1,9 +1,12 @@
-"""A self-check: the routes' shares against random contractions that an independent path computes.
+"""The self-check: random contractions vᵀΘw against an independent path, autograd on each example alone.
 
-For random cotangents v of two examples the entry ⟨G_i v_i, G_j v_j⟩ of every block's share, taken by the very
-route that the plan has chosen, is compared with the product of gradients that autograd computes of each
-example alone. A wrong share, of relative size ε against the rounding that is allowed, √eps, goes unseen with
-a probability of about √eps/ε over the draw of v: 4e-4/ε in float32, 2e-8/ε in float64.
+Twice. Every block's share, by the route that the plan has chosen for it, between two examples with random
+cotangents: this names a faulty parameter, however small its share is. And entries of the finished kernel,
+drawn at random, which covers tiles, sets of cotangents, what is kept between them, and symmetry. A fault is
+found where it moves an entry by more than √eps of the product of the gradients' norms (3e-4 in float32, 1e-8
+in float64; 4·eps, 3e-2, with bf16 factors). A fault of scale is found at that size for certain; one of
+another kind, of relative size ε, is missed with a probability of about √eps/ε over the draw. What is wrong
+only for entries that were not drawn stays unseen.
 """
 
 from __future__ import annotations
@@ -16,94 +19,165 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab.errors import KernelError
+from tangentlab.kernels.alone import Alone, dot, grouped
 from tangentlab.kernels.blocks import Block, Tile, in_turn
-from tangentlab.kernels.inputs import Inputs, count, outputs, select
+from tangentlab.kernels.inputs import Inputs, count
 from tangentlab.kernels.products import mirrored
-from tangentlab.kernels.sites import dense
-from tangentlab.kernels.structure import Structure, taped, trained
+from tangentlab.kernels.reproducible import coarsest, mixing
+from tangentlab.kernels.structure import Structure, forget, trained
 from tangentlab.randomness import generator
 
-# The blocks and routes found right, of each model and structure.
+# What was found right, of each model and structure.
 _verified: WeakKeyDictionary[nn.Module, tuple[Structure, set[object]]] = WeakKeyDictionary()
 
+# Entries of the finished kernel that are compared.
+_ENTRIES = 2
 
-def verify(
-    model: nn.Module,
-    structure: Structure,
-    found: Sequence[Block],
-    x: Inputs,
-    rows: int,
-    dtype: torch.dtype,
-    factors: torch.dtype,
-    space: float,
-) -> None:
-    """Compare every block's share on the first two examples, once for a model, a route and a precision.
 
-    Takes about two forwards and four backwards of a single example for each of min(rows, 2) cotangents.
+class Verifier:
+    """The self-check of one kernel.
 
-    Raises:
-        KernelError: a share is wrong; names the parameter and the route.
+    Args:
+        key: what the outcome depends on beside the model and its structure; each is checked once.
+        elements: how much of the gradients may be held at once.
     """
-    rows = min(rows, 2)
-    if model not in _verified or _verified[model][0] is not structure:
-        _verified[model] = (structure, set())
-    known = _verified[model][1]
-    keys = {(tuple(block.names), block.route, rows, dtype, factors) for block in found}
-    if keys <= known:
-        return
-    pair = select(x, slice(0, 2))
-    tape = taped(model, structure, pair)
-    n, classes = tape.output.shape
-    v = torch.randn(rows, n, classes, generator=generator(0, "kernels.verification")).to(tape.output)
-    tile = Tile(tape, None, dtype, factors, space)
-    shares: dict[Block, Tensor | None] = {}
 
-    def take(block: Block) -> None:
-        shares[block] = block.gram(tile)
+    def __init__(
+        self, model: nn.Module, structure: Structure, key: object, factors: torch.dtype, elements: float
+    ) -> None:
+        self._model, self._structure, self._key = model, structure, key
+        self._parameters, self._factors = trained(model), factors
+        self._elements = elements / 4  # of two examples, two cotangents each
+        eps = coarsest(model)
+        rounded = torch.finfo(factors).eps
+        self._relative = 4 * rounded if rounded > math.sqrt(eps) else math.sqrt(max(eps, rounded))
+        self._floor = 64 * eps
+        if model not in _verified or _verified[model][0] is not structure:
+            _verified[model] = (structure, set())
 
-    with torch.no_grad():
-        in_turn(found, tape, v, take)
-    parameters = trained(model)
-    relative = math.sqrt(max(torch.finfo(t).eps for t in (factors, v.dtype)))
-    wrong: dict[Block, tuple[float, float]] = {}
-    whole = 0.0
-    for block in found:
-        G = _alone(model, pair, v, [parameters[name] for name in block.names]).to(dtype)
-        expected = torch.einsum("irp,jsp->irjs", G, G)
-        share = shares[block]
-        K = torch.zeros_like(expected) if share is None else mirrored(share)
-        norms = G.norm(dim=2).flatten()
-        excess = (K - expected).abs() - relative * (norms[:, None] * norms).view_as(expected)
-        wrong[block] = float(excess.max()), float((K - expected).norm() / expected.norm())
-        whole += float(norms.max()) ** 2
-    for block, (excess, error) in wrong.items():
-        # A share that cancels to nearly nothing holds the rounding of the whole, which it does not change.
-        if not excess <= 64 * torch.finfo(v.dtype).eps * whole:
-            raise KernelError(
-                f"self-check: the share of parameter {block.names[0]!r} by the route {block.route!r} differs "
-                f"from its gradients' product by {error:.1e}; please report this model"
-            )
-    known |= keys
+    @property
+    def needed(self) -> bool:
+        """Whether this has not been checked before."""
+        return self._key not in _verified[self._model][1]
 
+    def done(self) -> None:
+        """Not to be checked again."""
+        _verified[self._model][1].add(self._key)
 
-def _alone(model: nn.Module, pair: Inputs, v: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """G [n, R, P] by autograd, of every example by itself."""
-    G = []
-    for i in range(count(pair)):
-        with torch.enable_grad():
-            output = outputs(model, select(pair, slice(i, i + 1)))
-        for row in v[:, i]:
-            gradients: Sequence[Tensor | None] = [None] * len(parameters)
-            if output.requires_grad:
-                gradients = torch.autograd.grad(
-                    [output], parameters, [row[None]], retain_graph=True, allow_unused=True
+    def blocks(self, found: Sequence[Block], pair: Inputs, tile: Tile, rows: int) -> None:
+        """Compare every block's share between two examples: a few forwards and backwards of each.
+
+        Raises:
+            KernelError: a share is wrong; names the parameter and the route.
+        """
+        rows = min(rows, 2)
+        n, classes = tile.tape.output.shape
+        v = torch.randn(rows, n, classes, generator=generator(0, "kernels.verification"))
+        v = v.to(tile.tape.output)
+        shares: dict[Block, Tensor | None] = {}
+
+        def take(block: Block) -> None:
+            shares[block] = block.gram(tile)
+
+        with torch.no_grad():
+            in_turn(found, tile.tape, v, take)
+        alone = [Alone(self._model, pair, i) for i in range(n)]
+        sizes = {b: sum(self._parameters[name].numel() for name in b.names) for b in found}
+        excess: dict[Block, float] = {}
+        whole = 0.0
+        for group in grouped(sizes, self._elements / rows):
+            names = [name for block in group for name in block.names]
+            parameters = {name: self._parameters[name] for name in names}
+            gradients = [alone[i].gradients(parameters, v[r, i]) for i in range(n) for r in range(rows)]
+            for block in group:
+                expected = torch.tensor(
+                    [[sum(dot(a[k], b[k]) for k in block.names) for b in gradients] for a in gradients],
+                    dtype=torch.float64,
                 )
-            G.append(
-                torch.cat(
-                    [
-                        torch.zeros_like(p).flatten() if g is None else dense(g).flatten()
-                        for p, g in zip(parameters, gradients, strict=True)
-                    ]
+                share = shares[block]
+                K = torch.zeros_like(expected)
+                if share is not None:
+                    K = mirrored(share).double().cpu().view_as(expected)
+                norms = expected.diagonal().sqrt()
+                allowed = self._relative * norms.outer(norms)
+                excess[block] = float(((K - expected).abs() - allowed).max())
+                whole += float(norms.max()) ** 2
+        for block, size in excess.items():
+            # A share that cancels to nearly nothing holds the rounding of the whole: it changes nothing.
+            if not size <= self._floor * whole:
+                forget(self._model)
+                raise KernelError(
+                    f"self-check: the share of parameter {block.names[0]!r} by the route {block.route!r} "
+                    "is not the product of its gradients; please report this model"
                 )
-            )
-    return torch.stack(G).view(count(pair), len(v), -1)
+
+    def outputs(self, tile: Tile, x: Inputs) -> None:
+        """Compare the outputs of two examples of a tile with theirs alone.
+
+        Raises:
+            KernelError: they depend on the others, or on the call.
+        """
+        n = len(tile.tape)
+        together = tile.tape.output.detach()
+        if not together.isfinite().all():
+            return  # the kernel will not be finite, and say so
+        allowed = math.sqrt(coarsest(self._model, together)) * float(together.norm(dim=1).max())
+        for i in {int(torch.randint(n, (), generator=generator(0, "kernels.outputs", n))), n - 1}:
+            output = Alone(self._model, x, i).output[0]
+            if not float((output - together[i]).norm()) <= allowed:
+                forget(self._model)
+                raise KernelError(
+                    f"{mixing(self._model, x)} mixes examples or changes between calls: the outputs of an "
+                    "example alone are others, so that the kernel of single examples is undefined"
+                )
+
+    def entries(self, K: Tensor, x: Inputs, x2: Inputs, kind: str) -> None:
+        """Compare entries of the finished kernel, drawn at random.
+
+        Raises:
+            KernelError: one is wrong.
+        """
+        classes = int(K.shape[0] if kind == "class" else K.shape[-1] if kind == "full" else 0)
+        g = generator(0, "kernels.entries")
+
+        def drawn(size: int) -> int:
+            return int(torch.randint(size, (), generator=g))
+
+        n, m = count(x), count(x2)
+        for entry in range(_ENTRIES):
+            i, j = (n - 1, drawn(m)) if entry == 0 else (drawn(n), drawn(m))
+            left, right = Alone(self._model, x, i), Alone(self._model, x2, j)
+            unit = torch.eye(left.output.shape[1]).to(left.output)
+            c, d = drawn(max(classes, 1)), drawn(max(classes, 1))
+            if kind == "full":
+                found, pairs = K[i, j, c, d], [(unit[c], unit[d])]
+            elif kind == "class":
+                found, pairs = K[c, i, j], [(unit[c], unit[c])]
+            elif kind == "trace":
+                found, pairs = K[i, j] * len(unit), [(v, v) for v in unit]
+            else:
+                v = unit.sum(0) / math.sqrt(len(unit))
+                found, pairs = K[i, j], [(v, v)]
+            expected, scale = self._products(left, right, pairs)
+            if not abs(float(found) - expected) <= (self._relative + self._floor) * scale:
+                forget(self._model)
+                raise KernelError(
+                    f"self-check: the entry ({i}, {j}) of the kernel, {float(found):.6g}, is not the product "
+                    f"of the examples' gradients, {expected:.6g}; please report this model"
+                )
+
+    def _products(
+        self, left: Alone, right: Alone, cotangents: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[float, float]:
+        """Σ ⟨∇(v·f), ∇(w·f')⟩, and Σ of the products of their norms."""
+        product, scale = 0.0, 0.0
+        for v, w in cotangents:
+            own, other = 0.0, 0.0
+            for names in grouped({name: p.numel() for name, p in self._parameters.items()}, self._elements):
+                parameters = {name: self._parameters[name] for name in names}
+                a, b = left.gradients(parameters, v), right.gradients(parameters, w)
+                product += sum(dot(a[name], b[name]) for name in names)
+                own += sum(dot(a[name], a[name]) for name in names)
+                other += sum(dot(b[name], b[name]) for name in names)
+            scale += math.sqrt(own * other)
+        return product, scale
