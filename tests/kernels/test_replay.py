@@ -1,4 +1,4 @@
-"""What a replay and the watch over a forward must not do: leak errors, take twice the memory, miss a change."""
+"""What a replay and the watch over a forward must not do: leak errors, double memory, miss a change."""
 
 from __future__ import annotations
 
