@@ -75,6 +75,17 @@ class BatchPlan:
     def passes(self) -> int:
         return len(self.groups)
 
+    def __str__(self) -> str:
+        lines = [
+            f"kernel with batch statistics, {self.passes} pass{'es' * (self.passes > 1)} over columns: "
+            f"{self.backwards} backwards, {self.held} rows held",
+            f"expected {self.bytes / 2**20:,.0f} MiB; products {self.flops / 1e9:,.1f} GFLOP",
+        ]
+        for group in self.groups:
+            first, last = group[0], group[-1]
+            lines.append(f"{first.name}[{first.start}] … {last.name}[{last.stop - 1}]")
+        return "\n".join(lines)
+
 
 def batch_ntk(
     model: nn.Module,

@@ -24,7 +24,8 @@ from tangentlab.kernels.sites import Site
 class Option(NamedTuple):
     """One route for a block on one tile: what it costs for all sets of cotangents.
 
-    ``kept`` and ``space`` are elements: held as long as the tile, and the least that the transients need.
+    ``kept``, ``space`` and ``most`` are elements: held as long as the tile, the least that the transients
+    need, and what more of would gain nothing.
     """
 
     route: str
@@ -32,6 +33,7 @@ class Option(NamedTuple):
     seconds: float
     kept: int
     space: int
+    most: int
 
 
 @dataclass(frozen=True)
@@ -203,4 +205,6 @@ class Replayed:
         costs, item = shape.costs, shape.dtype.itemsize
         seconds = products / (costs.product * costs.speed(shape.dtype, shape.products))
         seconds += item * S * n * (4 * transient + R * P) / costs.bandwidth + S * 500 * costs.call
-        return [Option("replay", products, seconds, 0, 2 * n * R * P + transient)]
+        return [
+            Option("replay", products, seconds, 0, 2 * n * R * P + transient, n * (2 * R * P + transient))
+        ]

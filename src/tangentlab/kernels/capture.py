@@ -163,10 +163,10 @@ def consumers(output: Tensor) -> dict[Node, set[Node]]:
 class _Recorder(TorchFunctionMode):
     """Notes the calls of functions with a rule that watched parameters enter."""
 
-    def __init__(self, watched: Mapping[int, tuple[nn.Parameter, int]]) -> None:
+    def __init__(self, watched: Mapping[int, tuple[nn.Parameter, int, bool]]) -> None:
         super().__init__()
-        self._watched = {key: p for key, (p, _) in watched.items()}
-        self._axes = {key: axis for key, (_, axis) in watched.items()}
+        self._watched = {key: p for key, (p, _, _) in watched.items()}
+        self._layouts = {key: (axis, interleaved) for key, (_, axis, interleaved) in watched.items()}
         self.uses: dict[int, list[Use]] = {key: [] for key in watched}
 
     def __torch_function__(
@@ -184,7 +184,7 @@ class _Recorder(TorchFunctionMode):
         if use is not None:
             use.returned(output)
             for p in use.roles.values():
-                use.axis = self._axes[id(p)]
+                use.axis, use.interleaved = self._layouts[id(p)]
                 self.uses[id(p)].append(use)
         return output
 
@@ -197,13 +197,14 @@ def _transformed(argument: object) -> bool:
 def record(
     model: nn.Module,
     x: Inputs,
-    parameters: Mapping[int, tuple[nn.Parameter, int]],
+    parameters: Mapping[int, tuple[nn.Parameter, int, bool]],
     modules: Iterable[nn.Module],
 ) -> Tape:
     """Run the model on x in the mode that it is in and record the sites.
 
     Args:
-        parameters: by identity, those whose uses by functions are wanted, and the examples' axis there.
+        parameters: by identity, those whose uses by functions are wanted, and where the examples lie there:
+            their axis, and whether they are interleaved.
         modules: those whose calls are wanted.
 
     Raises:

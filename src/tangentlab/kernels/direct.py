@@ -218,6 +218,7 @@ class Direct:
                 once + B / (costs.product * speed) * (1 + 64 / O) + touched + S * 20 * costs.call,
                 shape.met * T * T,
                 2 * max(2 * transient, 2 * n * R * T * O + 2 * R * R * T * T * (shape.right or n)),
+                4 * max(n * transient, n * R * T * O + R * R * T * T * shape.met),
             )
         )
         if R > 1 and T > 1:
@@ -232,6 +233,7 @@ class Direct:
                     + S * (shape.right or n) * 4 * costs.call,
                     shape.met * T * T,
                     2 * max(2 * transient, 2 * n * R * T * O + 2 * T * R * O),
+                    4 * n * max(transient, R * T * O),
                 )
             )
         if isinstance(weights[0], Embedding):
@@ -239,16 +241,18 @@ class Direct:
         forming, products = 2 * S * n * R * T * O * D, 2 * S * shape.pairs * R * R * O * D
         moved = item * S * n * R * O * D / costs.bandwidth
         base = products / (costs.product * speed) + moved + S * 10 * costs.call
-        space = 2 * max(n * R * D, transient)
+        space, most = 2 * max(n * R * D, transient), 2 * n * max(R * O * D, transient)
         rate = costs.batched * speed * T / (T + 16)
         kept = n * T * D
         for held in (kept, 0) if S > 1 else (0,):
             unfolding = 4 * item * n * T * D * (1 if held else S) / costs.bandwidth
             route = "kept patches" if held else "patches"
-            found.append(Option(route, forming + products, base + forming / rate + unfolding, held, space))
+            found.append(
+                Option(route, forming + products, base + forming / rate + unfolding, held, space, most)
+            )
         if all(isinstance(use, Convolution) for use in weights) and shape.dtype == torch.float32:
             found += self._convolutions(
-                weights, shape, Option("", forming + products, base, 0, space), forming
+                weights, shape, Option("", forming + products, base, 0, space, most), forming
             )
         return found
 
@@ -274,7 +278,8 @@ class Direct:
         products = 2 * S * shape.pairs * R * R * P
         seconds = products / (costs.product * costs.speed(shape.dtype, shape.products))
         seconds += item * S * n * (2 * transient + R * P) / costs.bandwidth + S * 10 * costs.call
-        return Option("explicit", products, seconds, 0, 2 * max(n * R * P, transient + 3 * R * P))
+        one = transient + 3 * R * P
+        return Option("explicit", products, seconds, 0, 2 * max(n * R * P, one), 2 * n * one)
 
 
 def _rows(live: Iterable[Site]) -> int:

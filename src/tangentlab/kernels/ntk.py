@@ -27,12 +27,13 @@ from tangentlab.kernels.inputs import Inputs, count, joined, mapped, select
 from tangentlab.kernels.memory import bytes_of
 from tangentlab.kernels.planning import Plan, settle
 from tangentlab.kernels.products import PRODUCTS, mirrored, precision
-from tangentlab.kernels.reproducible import called
+from tangentlab.kernels.reproducible import called, made
 from tangentlab.kernels.structure import (
     Changed,
     Structure,
     blocks,
     promoted,
+    refused,
     signature_of,
     structure_of,
     taped,
@@ -115,15 +116,23 @@ def ntk(
             if plan is not None or products is not None:
                 raise ConfigError("plan and products are for batchnorm='running'")
             mixed = batchnorm != "batch"
-            made = batch_plan(model, x, x2, kind=kind, mixed=mixed, limit=limit, dtype=dtype)
-            with _bar(progress, made.backwards) as advance:
+            batched = batch_plan(model, x, x2, kind=kind, mixed=mixed, limit=limit, dtype=dtype)
+            with _bar(progress, batched.backwards) as advance:
                 result = batch_ntk(
-                    model, x, x2, kind=kind, mixed=mixed, limit=limit, dtype=dtype, advance=advance, plan=made
+                    model,
+                    x,
+                    x2,
+                    kind=kind,
+                    mixed=mixed,
+                    limit=limit,
+                    dtype=dtype,
+                    advance=advance,
+                    plan=batched,
                 )
         else:
             request = _Request(model, x, x2, kind, dtype, products, limit if plan is None else plan.limit)
             result = request.retried(lambda: request.kernel(plan, check=check, progress=progress))
-    bad = int((~result.isfinite()).sum())
+    bad = _not_finite(result)
     if bad:
         raise KernelError(f"{bad} of {result.numel()} entries of the kernel are not finite")
     return result
@@ -180,6 +189,7 @@ def _checked(
         )
     if products is not None and products not in PRODUCTS:
         raise ConfigError(unknown_choice("products", products, PRODUCTS))
+    made(model)
     limit = bytes_of(memory)
     parameter = next(iter(trained(model).values()))
     dtype = parameter.dtype if dtype is None else dtype
@@ -192,13 +202,15 @@ def _checked(
     inputs.check(x, x2)
     if batchnorm != "batch":
         _check_batchnorm(model)
+    reason = refused(model)
+    if reason is not None:
+        raise KernelError(reason)
     return parameter, dtype, limit
 
 
 def _moved(x: Inputs, x2: Inputs | None, device: torch.device) -> tuple[Inputs, Inputs | None]:
-    # A copy also of an inference tensor, which autograd could not save.
     def moved(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(device, copy=True)
+        return tensor.detach().to(device)
 
     return mapped(x, moved), None if x2 is None else mapped(x2, moved)
 
@@ -281,7 +293,7 @@ class _Request:
                 tile = Tile(taped(model, structure, self._pair), None, self._dtype, factors, plan.space)
                 verifier.blocks(found, self._pair, tile, self._cotangents.shape[1])
         result = self._filled(structure, found, plan, factors, verifier, progress=progress)
-        if verifier is not None and verifier.needed and bool(result.isfinite().all()):
+        if verifier is not None and verifier.needed and not _not_finite(result):
             verifier.entries(result, self._x, self._x if self._x2 is None else self._x2, self._kind)
             verifier.done()
         return result
@@ -337,6 +349,11 @@ class _Request:
         if plan.kind == "full":
             return result[0]
         return result[..., 0, 0] if plan.kind == "class" else result[0, ..., 0, 0]
+
+
+def _not_finite(K: Tensor) -> int:
+    """Entries that are not finite, counted in slices: the result may be far larger than the room for work."""
+    return sum(int((~part.isfinite()).sum()) for part in K.view(-1).split(2**20))
 
 
 def _summed(found: list[Block], tile: Tile, cotangents: Tensor, products: str | None) -> Tensor | None:

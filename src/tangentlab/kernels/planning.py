@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class Plan:
             rows.append(
                 (
                     name,
-                    layer.acts + (f" ({layer.reason})" if layer.reason else ""),
+                    layer.acts + (f" ({shorten(layer.reason, 48, placeholder='…')})" if layer.reason else ""),
                     layer.route,
                     f"{layer.flops / 1e9:.2f}",
                     _time(layer.seconds),
@@ -200,7 +201,8 @@ def settle(
         )
     kept = sum(option.kept for option in chosen if option is not None)
     least = max((option.space for option in chosen if option is not None), default=0)
-    space = min(room - kept, max(least, costs.workspace))
+    most = max((option.most for option in chosen if option is not None), default=0)
+    space = min(room - kept, max(least, min(most, costs.workspace)))
     layers = {
         i: Layer(
             tuple(block.names),

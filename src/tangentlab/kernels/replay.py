@@ -19,8 +19,8 @@ from tangentlab.kernels.capture import Tape
 from tangentlab.kernels.products import chunks
 from tangentlab.kernels.sites import Call, dense
 
-# Of one row: a gradient in the making and what it is added to, or results one by one and then stacked.
-_MAKING = 3
+# Of one row: a gradient, what it is added to, their sum; or results one by one and then stacked. And gaps.
+_MAKING = 4
 
 
 class CannotReplay(Exception):
@@ -59,13 +59,13 @@ class Replay:
             return None
         n, rows = live[0][1].shape[:2]
         sizes = [p.numel() for p in self._parameters()]
-        chunk = space // max(1, self.transient(tape) + rows * sum(sizes)) if space else 1.0
+        chunk = space // max(1, self.transient(tape)) if space else 1.0
         vectorized = chunk > 1 or not space
         G = live[0][1].new_zeros(n, rows, sum(sizes), dtype=dtype)
         with torch.no_grad():
             for call, delta in live:
                 for part in chunks(n, chunk):
-                    slots, inputs = G[part].split(sizes, 2), [t[part] for t in call.inputs]
+                    slots, inputs = list(G[part].split(sizes, 2)), [t[part] for t in call.inputs]
                     if not (vectorized and self._add_together(slots, call, inputs, delta[part])):
                         self._add_alone(slots, call, inputs, delta[part])
         return G
@@ -81,18 +81,41 @@ class Replay:
         """Add the gradients of k examples by δ [k, R, ...] to the parameters' G [k, R, p], if it can be."""
         if not self._vectorized:
             return False
+        added = 0
+
+        def add(G: Sequence[Tensor], inputs: list[Tensor], rows: Tensor) -> Tensor:
+            nonlocal added
+
+            def forward(parameters: dict[str, Tensor]) -> Tensor:
+                args, kwargs = self._arguments(call, inputs)
+                output: Tensor = functional_call(self.module, parameters, args, kwargs)
+                return output.squeeze(0)
+
+            at = {name: p.detach() for name, p in zip(self._names, self._parameters(), strict=True)}
+            pull = vjp(forward, at)[1]
+            # Row by row: a vmap inside the other makes the gradients of PReLU wrong (torch 2.13). And into G
+            # at once: rows that waited would be as large as G, and lie scattered over the heap.
+            for r, row in enumerate(rows):
+                gradients = pull(row)[0]
+                added += 1
+                for slot, name in zip(G, self._names, strict=True):
+                    slot[r] += gradients[name].flatten()
+            return rows
+
         try:
-            found = self._together(call, inputs, delta)
+            with warnings.catch_warnings():
+                # What torch cannot vectorize it loops over, correctly, and says so at each new operator.
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                vmap(add)(G, inputs, delta)  # gradients are off, but vjp records nevertheless
         except torch.OutOfMemoryError:
             raise
-        except Exception:
+        except Exception as error:
+            if added:
+                raise CannotReplay(error) from error
             # No batching rule, a random draw, or control flow that depends on the data. Should it be anything
             # else, the plain run says so too.
             self._vectorized = False
             return False
-        for r, gradients in enumerate(found):
-            for slot, gradient in zip(G, gradients, strict=True):
-                slot[:, r] += gradient.reshape(slot[:, r].shape)
         return True
 
     def _add_alone(self, G: Sequence[Tensor], call: Call, inputs: list[Tensor], delta: Tensor) -> None:
@@ -102,26 +125,6 @@ class Replay:
                 for slot, gradient in zip(G, gradients, strict=True):
                     if gradient is not None:
                         slot[i, r] += gradient.flatten()
-
-    def _together(self, call: Call, inputs: list[Tensor], delta: Tensor) -> Sequence[Sequence[Tensor]]:
-        """The gradients [k, ...] of every parameter, row by row; vjp records although gradients are off."""
-
-        def rows_of(inputs: list[Tensor], rows: Tensor) -> list[list[Tensor]]:
-            def forward(parameters: dict[str, Tensor]) -> Tensor:
-                args, kwargs = self._arguments(call, inputs)
-                output: Tensor = functional_call(self.module, parameters, args, kwargs)
-                return output.squeeze(0)
-
-            at = {name: p.detach() for name, p in zip(self._names, self._parameters(), strict=True)}
-            pull = vjp(forward, at)[1]
-            # Row by row: a vmap inside the other makes the gradients of PReLU wrong (torch 2.13).
-            return [[gradients[name] for name in self._names] for gradients in (pull(row)[0] for row in rows)]
-
-        with warnings.catch_warnings():
-            # What torch cannot vectorize it loops over, correctly, and says so at each new operator.
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            found: list[list[Tensor]] = vmap(rows_of)(inputs, delta)
-        return found
 
     def _alone(self, call: Call, inputs: list[Tensor], rows: Tensor) -> Iterator[list[Tensor | None]]:
         """The same of one example by autograd, for what torch.func cannot transform; None is zero."""
@@ -152,15 +155,15 @@ class Replay:
     def transient(self, tape: Tape) -> int:
         """Elements that one example takes while it is replayed, its G not counted.
 
-        Its graph and as much again for what the forward and the backward drop on the way, copies of what
-        enters and leaves, and one row's gradient in the making.
+        Its graph and twice as much again for what the forward and the backward drop on the way and the heap
+        keeps between, copies of what enters and leaves, and one row's gradient in the making.
         """
         live = self._live(tape)
         if not live:
             return 0
         own = sum(p.nbytes for p in self._parameters())
         run = max(
-            2 * self._graph(call, tape) + 4 * (delta[0, 0].nbytes + sum(t[0].nbytes for t in call.inputs))
+            3 * self._graph(call, tape) + 4 * (delta[0, 0].nbytes + sum(t[0].nbytes for t in call.inputs))
             for call, delta in live
         )
         return -(-(run + _MAKING * own) // tape.output.element_size())

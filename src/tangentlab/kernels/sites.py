@@ -25,7 +25,7 @@ class Site:
             tensor: after ``ReLU(inplace=True)`` the tensor stands for the ReLU's output, the edge still for
             the site's.
         axis: the dimension of inputs and output that holds the examples; n·k long if each example has k
-            entries there, one example after the other.
+            entries there, one example after the other, or with ``interleaved`` one entry after the other.
         delta: the gradients of the model's outputs at the output, [n, R, k, ...], R cotangents an example;
             None if the outputs do not depend on it.
     """
@@ -38,6 +38,7 @@ class Site:
         self.shape: torch.Size | None = None
         self.edge: GradientEdge | None = None
         self.axis = 0
+        self.interleaved = False
         self.delta: Tensor | None = None
         self._returned = "nothing"
 
@@ -72,8 +73,8 @@ class Site:
 
     def front(self, tensor: Tensor, n: int) -> Tensor:
         """The examples first: [n, k, ...]."""
-        moved: Tensor = tensor.movedim(self.axis, 0).unflatten(0, (n, -1))
-        return moved
+        moved: Tensor = tensor.movedim(self.axis, 0).unflatten(0, (-1, n) if self.interleaved else (n, -1))
+        return moved.transpose(0, 1) if self.interleaved else moved
 
     def forget(self) -> None:
         """Let the inputs go: their values are not needed."""

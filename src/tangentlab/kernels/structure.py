@@ -39,13 +39,14 @@ class Path:
     """Through what a parameter acts: functions with a rule, or the modules at ``replayed``.
 
     Attributes:
-        axis: the dimension of the examples in the functions' outputs.
+        axis, interleaved: where the examples lie in the functions' outputs.
         entries: the shapes of its sites, an example's share of each.
         reason: why not through functions.
     """
 
     replayed: tuple[str, ...] = ()
     axis: int = 0
+    interleaved: bool = False
     entries: tuple[object, ...] = ()
     reason: str = ""
 
@@ -103,7 +104,7 @@ def taped(model: nn.Module, structure: Structure, x: Inputs) -> Tape:
 
 def _recorded(model: nn.Module, parameters: Parameters, structure: Structure, x: Inputs) -> Tape:
     direct = {
-        id(parameters[name]): (parameters[name], path.axis)
+        id(parameters[name]): (parameters[name], path.axis, path.interleaved)
         for name, path in structure.items()
         if not path.replayed
     }
@@ -232,9 +233,6 @@ class _Check:
     def __init__(self, model: nn.Module, pair: Inputs, elements: float) -> None:
         self._model, self._pair, self._elements = model, pair, elements
         self._parameters = trained(model)
-        refused = _refused(model)
-        if refused:
-            raise KernelError(refused)
         outputs = reproducible(model, pair)
         self._alone = [Alone(model, pair, i) for i in range(count(pair))]
         # Another one for each example, lest they be taken for one another.
@@ -282,7 +280,7 @@ class _Check:
 
     def _first(self) -> dict[str, Path]:
         """All parameters through functions; the examples' axis is the one that grows with their number."""
-        watched = {id(p): (p, 0) for p in self._parameters.values()}
+        watched = {id(p): (p, 0, False) for p in self._parameters.values()}
         first = select(self._pair, slice(0, 1))
         one, two = (record(self._model, x, watched, []) for x in (first, joined(first, first)))
         structure = {}
@@ -328,6 +326,8 @@ class _Check:
 
     def _promoted(self, name: str, path: Path, reason: str) -> Path:
         """The next way of taking a parameter."""
+        if not path.replayed and not path.interleaved and path.axis == 0:
+            return replace(path, interleaved=True)  # as attention lays its tokens out; harmless where untrue
         scripted = [at for at, module in self._model.named_modules() if isinstance(module, ScriptModule)]
         paths = (_enclosing(path.replayed),) if path.replayed else _holders(self._model)[name]
         while set(paths) & set(scripted) and paths != ("",):
@@ -345,7 +345,8 @@ def _grown(one: Sequence[int], two: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)
 
 
-def _refused(model: nn.Module) -> str | None:
+def refused(model: nn.Module) -> str | None:
+    """Why the model has no kernel, as its modules show."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             return (
