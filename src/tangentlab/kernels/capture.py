@@ -190,8 +190,10 @@ class _Recorder(TorchFunctionMode):
 
 
 def _transformed(argument: object) -> bool:
-    """Whether it is a tensor inside one of torch.func's transforms, which has no place in this graph."""
-    return isinstance(argument, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(argument)
+    """Whether it is a tensor inside one of torch.func's transforms, or a nested one: no rule reads those."""
+    return isinstance(argument, Tensor) and (
+        argument.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(argument)
+    )
 
 
 def record(

@@ -32,6 +32,7 @@ from tangentlab.kernels.structure import (
     Changed,
     Structure,
     blocks,
+    forget,
     promoted,
     refused,
     signature_of,
@@ -39,8 +40,9 @@ from tangentlab.kernels.structure import (
     taped,
     trained,
 )
-from tangentlab.kernels.verification import Verifier
+from tangentlab.kernels.verification import Disproved, Verifier
 from tangentlab.modes import batchnorm_modules, evaluation, preserved
+from tangentlab.randomness import generator
 
 _Result = TypeVar("_Result")
 
@@ -231,20 +233,28 @@ class _Request:
         self._model, self._x, self._x2 = model, x, x2
         self._kind, self._dtype, self._products, self._limit = kind, dtype, products, limit
         self._pair = pair(x, x2)
+        self._signature = signature_of(model, x)  # before a forward changes what the modules store
         # A few of the model's gradients within the bound; structures are tested by groups of parameters.
         self._elements = limit / 16 / dtype.itemsize
 
     def retried(self, work: Callable[[], _Result]) -> _Result:
         """The work, again as long as examples show that a parameter acts otherwise than it was thought to."""
+        fresh = False
         while True:
             try:
                 return work()
             except Changed as change:
                 promoted(self._model, self._pair, self._elements, change.faults)
+            except Disproved:
+                # The structure may have been found on examples that show too little: once more, on these.
+                if fresh:
+                    raise
+                forget(self._model)
+                fresh = True
 
     def structure(self) -> Structure:
         """Through what the parameters act."""
-        return structure_of(self._model, self._pair, self._elements)
+        return structure_of(self._model, self._signature, self._pair, self._elements)
 
     @cached_property
     def _cotangents(self) -> Tensor:
@@ -267,6 +277,7 @@ class _Request:
             self._products,
             self._limit,
             costs,
+            self._signature,
         )
 
     def kernel(self, given: Plan | None, *, check: bool, progress: bool) -> Tensor:
@@ -302,7 +313,7 @@ class _Request:
         """The blocks that the plan has a route for, set to it; on the others no output depends."""
         routes = {layer.names: layer.route for layer in plan.layers}
         listed = {tuple(block.names): block for block in blocks(self._model, self.structure())}
-        if plan.made_for != signature_of(self._model, self._x) or set(listed) != set(routes) | set(plan.idle):
+        if plan.made_for != self._signature or set(listed) != set(routes) | set(plan.idle):
             raise ConfigError("plan was made for another model, or for other parameters of it; make it anew")
         for names, route in routes.items():
             listed[names].route = route
@@ -324,8 +335,10 @@ class _Request:
             classes if plan.kind == "class" else 1, plan.n, plan.m or plan.n, rows, rows, dtype=plan.dtype
         )
         x, other = self._x, self._x if self._x2 is None else self._x2
+        g = generator(0, "kernels.drawn", plan.n)
+        drawn = tuple(int(torch.randint(size, (), generator=g)) for size in (len(plan.passes), sets))
         with torch.no_grad(), _bar(progress, len(plan.passes) * sets) as advance:
-            for left, right in plan.passes:
+            for number, (left, right) in enumerate(plan.passes):
                 examples = select(x, left) if right is None else joined(select(x, left), select(other, right))
                 tape = taped(self._model, structure, examples)
                 tape.footprint = plan.footprint
@@ -335,6 +348,8 @@ class _Request:
                     verifier.outputs(tile, examples)
                 for k, v in enumerate(self._cotangents):
                     K = _summed(found, tile, v, plan.products)
+                    if verifier is not None and drawn == (number, k):
+                        verifier.entry(K, examples, split, v)
                     advance()
                     if K is None:
                         continue

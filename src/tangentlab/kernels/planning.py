@@ -24,11 +24,11 @@ from torch.utils.flop_counter import flop_registry
 
 from tangentlab.errors import KernelError
 from tangentlab.kernels.blocks import Block, Option, Replayed, Shape
-from tangentlab.kernels.capture import Tape
+from tangentlab.kernels.capture import Tape, consumers
 from tangentlab.kernels.costs import Costs
 from tangentlab.kernels.inputs import Inputs, apply, mapped, select
 from tangentlab.kernels.products import chunks
-from tangentlab.kernels.structure import Structure, blocks, signature_of, taped
+from tangentlab.kernels.structure import Structure, blocks, taped
 from tangentlab.kernels.uses import Convolution, Use
 
 # Two slices of examples that meet in one tile; right None where a slice meets itself.
@@ -157,6 +157,7 @@ def settle(
     products: str | None,
     limit: int,
     costs: Costs,
+    signature: object,
 ) -> Plan:
     """The plan for a model in evaluation mode.
 
@@ -166,6 +167,7 @@ def settle(
         cotangents: (sets, rows) of them.
         dtype: of the sums.
         limit: bytes.
+        signature: what of the model and the examples the plan holds for.
 
     Raises:
         KernelError: not even tiles of the least size fit; names the least memory that would do.
@@ -244,7 +246,7 @@ def settle(
         costs,
         tape.footprint,
         tuple(tuple(block.names) for i, block in enumerate(found) if i not in layers),
-        signature_of(model, x),
+        signature,
     )
 
 
@@ -380,13 +382,25 @@ def _weighed(
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+        try:
+            place = storage.data_ptr()
+        except RuntimeError:  # torch.func's wrappers have none
+            return tensor
+        if place not in own:
+            kept[place] = storage
         return tensor.detach()  # itself, it would hold its own graph in a cycle that is never freed
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            tape = taped(model, structure, x)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        # A forward with torch.func inside takes no such hooks.
         tape = taped(model, structure, x)
-        tape.pull(tape.output.new_ones(rows, tape.output.shape[1]))
+        for tensor in _saved(tape.output):
+            keep(tensor)
+    tape.pull(tape.output.new_ones(rows, tape.output.shape[1]))
     sites = tape.sites()
     for site in sites:
         for tensor in site.inputs:
@@ -400,6 +414,16 @@ def _weighed(
     # the whole batch), and one row of cotangents before it joins the others.
     backward = 4 * max(sizes, default=0) + _unfolded(tape) + (pending // rows if rows > 1 else 0)
     return _Weighed(tape, sum(sizes), pending // copies, backward // copies)
+
+
+def _saved(output: Tensor) -> Iterator[Tensor]:
+    """What the nodes of a graph show of their saved tensors."""
+    for node in {user for users in consumers(output).values() for user in users}:
+        names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
+        for value in (getattr(node, name) for name in names):
+            for tensor in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(tensor, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                    yield tensor
 
 
 def _unfolded(tape: Tape) -> int:

@@ -161,11 +161,12 @@ def _local(module: nn.Module, parameter: nn.Parameter) -> list[str]:
     return [name for name, p in module.named_parameters(remove_duplicate=False) if p is parameter]
 
 
-def structure_of(model: nn.Module, pair: Inputs, elements: float) -> Structure:
+def structure_of(model: nn.Module, signature: object, pair: Inputs, elements: float) -> Structure:
     """Through what each parameter that requires grad acts.
 
     Args:
         model: in evaluation mode.
+        signature: :func:`signature_of` the model and its inputs, before any forward.
         pair: two examples, to be run.
         elements: how much of the gradients may be held at once.
 
@@ -173,7 +174,6 @@ def structure_of(model: nn.Module, pair: Inputs, elements: float) -> Structure:
         KernelError: the model draws random numbers, changes its parameters, mixes examples, or has a
             parameter for which no exact per-example gradient was found; names it.
     """
-    signature = signature_of(model, pair)
     if model not in _known or _known[model][0] != signature:
         _known[model] = (signature, _Check(model, pair, elements).settled(None, {}))
     return _known[model][1]
@@ -199,7 +199,7 @@ def signature_of(model: nn.Module, x: Inputs) -> object:
     modules = [
         (
             type(module),
-            {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN) and k != "training"},
+            {k: v for k, v in vars(module).items() if _plain(v) and k != "training"},
             id(vars(module).get("forward")),
             [list(hooks) for k, hooks in vars(module).items() if k.endswith("_hooks") and hooks],
         )
@@ -213,7 +213,10 @@ def signature_of(model: nn.Module, x: Inputs) -> object:
     )
 
 
-_PLAIN = (bool, int, float, str, tuple, torch.dtype, type(None))
+def _plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return isinstance(value, bool | int | float | str | torch.dtype | None)
 
 
 def _holders(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -1,12 +1,14 @@
 """The self-check: random contractions vᵀΘw against an independent path, autograd on each example alone.
 
-Twice. Every block's share, by the route that the plan has chosen for it, between two examples with random
-cotangents: this names a faulty parameter, however small its share is. And entries of the finished kernel,
-drawn at random, which covers tiles, sets of cotangents, what is kept between them, and symmetry. A fault is
-found where it moves an entry by more than √eps of the product of the gradients' norms (3e-4 in float32, 1e-8
-in float64; 4·eps, 3e-2, with bf16 factors). A fault of scale is found at that size for certain; one of
-another kind, of relative size ε, is missed with a probability of about √eps/ε over the draw. What is wrong
-only for entries that were not drawn stays unseen.
+At every call an entry of one tile, drawn at random, and the outputs of two examples of every tile. Once a
+model, kind and plan every block's share, by the route that the plan has chosen for it, between two examples
+with random cotangents: this names a faulty parameter, however small its share is. And then entries of the
+finished kernel, which covers symmetry and what tiles add up to.
+
+A fault is found where it moves an entry by more than √eps of the product of the gradients' norms (3e-4 in
+float32, 1e-8 in float64; 4·eps, 3e-2, with bf16 factors). A fault of scale is found at that size for certain;
+one of another kind, of relative size ε, is missed with a probability of about √eps/ε over the draw. What is
+wrong only for entries that were not drawn stays unseen.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ _verified: WeakKeyDictionary[nn.Module, tuple[Structure, set[object]]] = WeakKey
 
 # Entries of the finished kernel that are compared.
 _ENTRIES = 2
+
+
+class Disproved(KernelError):
+    """The self-check has found something wrong."""
 
 
 class Verifier:
@@ -68,7 +74,7 @@ class Verifier:
         """Compare every block's share between two examples: a few forwards and backwards of each.
 
         Raises:
-            KernelError: a share is wrong; names the parameter and the route.
+            Disproved: a share is wrong; names the parameter and the route.
         """
         rows = min(rows, 2)
         n, classes = tile.tape.output.shape
@@ -105,8 +111,7 @@ class Verifier:
         for block, size in excess.items():
             # A share that cancels to nearly nothing holds the rounding of the whole: it changes nothing.
             if not size <= self._floor * whole:
-                forget(self._model)
-                raise KernelError(
+                raise Disproved(
                     f"self-check: the share of parameter {block.names[0]!r} by the route {block.route!r} "
                     "is not the product of its gradients; please report this model"
                 )
@@ -131,11 +136,36 @@ class Verifier:
                     "example alone are others, so that the kernel of single examples is undefined"
                 )
 
+    def entry(self, K: Tensor | None, x: Inputs, split: int | None, cotangents: Tensor) -> None:
+        """Compare one entry of a tile's kernel K[i,r,j,s], drawn at random; valid for i ≥ j without a split.
+
+        Raises:
+            Disproved: it is wrong.
+        """
+        n, g = count(x), generator(0, "kernels.entry", count(x))
+
+        def drawn(low: int, high: int) -> int:
+            return int(torch.randint(low, high, (), generator=g))
+
+        i = drawn(0, n if split is None else split)
+        j = drawn(0, i + 1) if split is None else drawn(split, n)
+        r, s = drawn(0, len(cotangents)), drawn(0, len(cotangents))
+        if i == j:
+            r, s = max(r, s), min(r, s)
+        found = 0.0 if K is None else float(K[i, r, j - (split or 0), s])
+        left, right = Alone(self._model, x, i), Alone(self._model, x, j)
+        expected, scale = self._products(left, right, [(cotangents[r], cotangents[s])])
+        if not abs(found - expected) <= (self._relative + self._floor) * scale and math.isfinite(found):
+            raise Disproved(
+                f"self-check: an entry of the kernel, {found:.6g}, is not the product of the examples' "
+                f"gradients, {expected:.6g}; please report this model"
+            )
+
     def entries(self, K: Tensor, x: Inputs, x2: Inputs, kind: str) -> None:
         """Compare entries of the finished kernel, drawn at random.
 
         Raises:
-            KernelError: one is wrong.
+            Disproved: one is wrong.
         """
         classes = int(K.shape[0] if kind == "class" else K.shape[-1] if kind == "full" else 0)
         g = generator(0, "kernels.entries")
@@ -160,8 +190,7 @@ class Verifier:
                 found, pairs = K[i, j], [(v, v)]
             expected, scale = self._products(left, right, pairs)
             if not abs(float(found) - expected) <= (self._relative + self._floor) * scale:
-                forget(self._model)
-                raise KernelError(
+                raise Disproved(
                     f"self-check: the entry ({i}, {j}) of the kernel, {float(found):.6g}, is not the product "
                     f"of the examples' gradients, {expected:.6g}; please report this model"
                 )
