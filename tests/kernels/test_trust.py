@@ -207,7 +207,7 @@ def test_mixing_after_a_first_call_that_could_not_show_it(name: str, first: str)
     model, x = seeded(make), normal(5, *shape)
     warm = torch.zeros_like(x) if first == "zeros" else x[:1].expand_as(x)
     right_or_refused(model, warm)
-    for kind in KINDS:
+    for kind in TWO:
         with pytest.raises(KernelError, match="mixes examples"):
             ntk(model, x, kind=kind)
 
@@ -245,14 +245,14 @@ class Encoder(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-@pytest.mark.parametrize("masked", [[2, 3], [0, 1], [1], [0, 1, 2, 3], []], ids=str)
+@pytest.mark.parametrize("masked", [[2, 3], [1], [0, 1, 2, 3]], ids=str)
 def test_padding_masks_of_an_encoder(frozen: bool, masked: list[int]) -> None:
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[masked, 2:] = True
     x = {"x": normal(4, 4, 6), "mask": mask}
     other = {"x": normal(3, 4, 6, seed=1), "mask": mask[1:]}
     for second in (None, other):
-        right_or_refused(seeded(lambda: Encoder(frozen=frozen)), x, second, names="Encoder|self-check")
+        right_or_refused(seeded(lambda: Encoder(frozen=frozen)), x, second, names="encoder|self-check")
 
 
 # Models that change after a first call.
@@ -423,7 +423,7 @@ def test_a_module_changed_after_a_first_call(change: Callable[[Any], object]) ->
         )
     )
     x = normal(4, 3, 6, 6)
-    right(model, x)
+    ntk(model, x)
     change(model)
     right(model, x)
 
@@ -633,27 +633,11 @@ def test_plans_where_the_examples_choose_the_parameters(first: list[float], warm
     except ConfigError as stale:
         assert "make it anew" in str(stale)  # noqa: PT017
     right(model, x)
-    right(model, x, x[2:])
-    right(model, x.flip(0))
+    assert error(model, x.flip(0), x[2:]) < 1e-10
     assert error(model, x, plan=plan(model, x)) < 1e-10
 
 
 # float32.
-
-
-class Last(nn.Module):
-    """A recurrent network's last state."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.cell, self.head = nn.LSTM(size, size, batch_first=True), nn.Linear(size, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.cell(x)[0][:, -1])
-
-
-def pooled_embedding() -> nn.Module:
-    return nn.Sequential(nn.EmbeddingBag(24_000, 125), nn.Tanh(), nn.Linear(125, 1))
 
 
 @pytest.mark.parametrize(
@@ -661,14 +645,13 @@ def pooled_embedding() -> nn.Module:
     [
         (lambda: nn.Sequential(nn.Linear(1500, 2000), nn.Tanh(), nn.Linear(2000, 1)), (1500,)),
         (lambda: nn.Sequential(weight_norm(nn.Linear(1500, 2000)), nn.Tanh(), nn.Linear(2000, 1)), (1500,)),
-        (lambda: Last(600), (3, 600)),
         (lambda: Made(lambda s, x: (x * s.w).tanh().sum((1, 2))[:, None], w=weight(1500, 2000)), (1, 1)),
         (
             lambda: nn.Sequential(nn.Conv1d(300, 1000, 10), nn.Tanh(), nn.Flatten(), nn.Linear(3000, 1)),
             (300, 12),
         ),
     ],
-    ids=["linear", "weight norm", "lstm", "scale", "convolution"],
+    ids=["linear", "weight norm", "scale", "convolution"],
 )
 def test_float32_sums_over_long_gradients(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     model, x = seeded(make), normal(2, *shape)
@@ -946,7 +929,7 @@ def test_arguments_by_keyword(name: str) -> None:
     if "," in name or "conv" in name:
         model.image = lambda x: torch.cat([x, x.flip(1), x * x], 1).view(-1, 1, 3, 6)
     right(model, normal(5, 6))
-    right(model, normal(1, 6), normal(4, 6, seed=1))
+    assert error(model, normal(1, 6), normal(4, 6, seed=1)) < 1e-10
 
 
 def slope_by_autograd(s: Any, x: Tensor) -> Tensor:
@@ -1000,11 +983,10 @@ DERIVATIVES = [
 def test_derivatives_in_the_forward(function: Function) -> None:
     make = dense(function)
     right_or_refused(seeded(make), normal(5, 6), names="parameter")
-    right_or_refused(seeded(make), normal(1, 6), normal(4, 6, seed=1), names="parameter")
     with torch.no_grad():
-        K = ntk(seeded(make), normal(5, 6))
-    J = jacobian(seeded(make), normal(5, 6))
-    assert relative_error(K, kernel(J, J, "trace")) < 1e-10
+        K = ntk(seeded(make), normal(1, 6), normal(4, 6, seed=1))
+    J, J2 = jacobian(seeded(make), normal(1, 6)), jacobian(seeded(make), normal(4, 6, seed=1))
+    assert relative_error(K, kernel(J, J2, "trace")) < 1e-10
 
 
 # Faults put into the engine.
@@ -1139,52 +1121,51 @@ RULES = [name for name in FAULTS if name.startswith("rule") or FAULTS[name][2] i
 
 
 def found_or_avoided(
-    model: nn.Module, x: Tensor, x2: Tensor | None = None, kind: str = "trace", *, avoidable: bool
+    expected: Tensor, model: nn.Module, x: Tensor, x2: Tensor | None, kind: str, *, avoidable: bool
 ) -> None:
+    """Wrong without the check; with it an error, or the right kernel by another way where there is one."""
+    assert relative_error(ntk(model, x, x2, kind=kind, check=False), expected) > 1e-5
     try:
         K = ntk(model, x, x2, kind=kind)
     except KernelError as refusal:
         assert re.search("self-check|parameter '", str(refusal))  # noqa: PT017
     else:
         assert avoidable
-        J = jacobian(model, x)
-        expected = kernel(J, J if x2 is None else jacobian(model, x2), kind)
         assert relative_error(K, expected) < 1e-10
 
 
+CASES = [(name, False, 1.001) for name in FAULTS if "two sides" not in name]
+CASES += [(name, True, 2.0) for name in FAULTS if name != MIRRORED]
+
+
 @pytest.mark.parametrize(
-    ("two", "factor"),
-    [(False, 1.001), (False, 2.0), (True, 1.001)],
-    ids=["a thousandth", "twice", "a thousandth, two inputs"],
+    ("name", "two", "factor"),
+    CASES,
+    ids=[f"{name}, {'twice, two inputs' if two else 'a thousandth'}" for name, two, _ in CASES],
 )
-@pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found(name: str, two: bool, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == MIRRORED if two else "two sides" in name:
-        pytest.skip("comes by there only with one input, or with two")
     place, attribute, fault, net = FAULTS[name]
     make, shape = NETS[net]
     model, x = seeded(make), normal(6, *shape)
     x2 = normal(4, *shape, seed=1) if two else None
-    # The tests of structure would take another way around some of the faults.
+    # Without faults first: the tests of structure would take another way around some of them.
+    expected = ntk(model, x, x2, check=False)
     assert error(model, x, x2, check=False) < 1e-10
     monkeypatch.setattr(place, attribute, fault(factor)(getattr(place, attribute)))
-    assert error(model, x, x2, check=False) > 1e-5
-    found_or_avoided(model, x, x2, avoidable=name in AVOIDABLE)
+    found_or_avoided(expected, model, x, x2, "trace", avoidable=name in AVOIDABLE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["rule of linear layers", "every Gram", "replay", "passes"])
+@pytest.mark.parametrize("name", ["rule of linear layers", "every Gram", "replay"])
 def test_a_fault_is_found_in_every_kind(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place, attribute, fault, net = FAULTS[name]
     make, shape = NETS[net]
     model, x = seeded(make), normal(6, *shape)
-    assert error(model, x, kind="trace") < 1e-10  # checked, but not this kind
-    if kind == "trace":
-        model = copy.deepcopy(model)
-        ntk(model, x, check=False)
+    for other in KINDS:
+        ntk(model, x, kind=other, check=other != kind)  # all are checked but this
+    expected = ntk(model, x, kind=kind, check=False)
     monkeypatch.setattr(place, attribute, fault(1.001)(getattr(place, attribute)))
-    assert error(model, x, kind=kind, check=False) > 1e-5
-    found_or_avoided(model, x, kind=kind, avoidable=name in AVOIDABLE)
+    found_or_avoided(expected, model, x, None, kind, avoidable=name in AVOIDABLE)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -1237,7 +1218,6 @@ ROUNDED = [
     "transformer layer",
     "tied embedding",
     "weight norm conv",
-    "pre-activation block",
 ]
 
 
@@ -1250,7 +1230,7 @@ def in_float32(name: str, n: int) -> tuple[nn.Module, Tensor]:
 def test_bf16_products(name: str) -> None:
     J = jacobian(build(name), examples(name, 6))
     model, x = in_float32(name, 6)
-    for kind in KINDS:
+    for kind in TWO:
         K = ntk(model, x, kind=kind, products="bf16")
         assert K.dtype == torch.float32
         assert relative_error(K.double(), kernel(J, J, kind)) < 1e-2
@@ -1269,7 +1249,7 @@ def test_a_tenth_too_much_is_found_in_bf16(name: str, monkeypatch: pytest.Monkey
         ntk(model, x, products="bf16")
 
 
-@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("name", ROUNDED[::2])
 def test_a_hundredth_too_much_is_found_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = in_float32(name, 6)
     ntk(model, x, check=False)
@@ -1318,7 +1298,7 @@ class Fused(nn.Module):
         self.body = weight_norm(nn.Linear(6, 5)) if replayed else nn.Linear(6, 5)
         self.norm, self.drop, self.head = nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)
         self.frozen = nn.Linear(5, 5).requires_grad_(False)
-        self.fuse, self.where = [fuse], where  # hidden from __setattr__ and signatures alike
+        self.fuse, self.where = [fuse], where  # a list, lest it be taken for a plain attribute
         self.seen: list[Tensor] = []
         self.named: dict[str, Tensor] = {}
         self.register_buffer("calls", torch.zeros(()))
@@ -1413,10 +1393,10 @@ def stopped(
         else:
             assert fuse.passed < fuse.at
             assert state(model) == before
-            assert len(fuses) > 3
+            assert len(fuses) > 2
             return fuses
         fuses.append(fuse)
-        at += 1 + at // 4
+        at += 1 + at // 3
 
 
 @pytest.mark.usefixtures("coarse")
