@@ -13,11 +13,25 @@ from tangentlab.records import read_run
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
-def test_an_example_writes_a_run_and_a_report(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, EXAMPLES / name, str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+KERNEL = "kernel_of_your_model.py"
+
+
+def ran(name: str, *arguments: str, cwd: Path) -> str:
+    command = [sys.executable, EXAMPLES / name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_kernel_of_your_model_shows_its_plan(tmp_path: Path) -> None:
+    output = ran(KERNEL, cwd=tmp_path)
+    assert "kernel of" in output
+    assert "route" in output
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != KERNEL))
+def test_an_example_writes_a_run_and_a_report(name: str, tmp_path: Path) -> None:
+    ran(name, str(tmp_path / "run"), cwd=tmp_path)
     record = read_run(tmp_path / "run")
     assert record.series("kernel/clean/class/velocity")[1]
     assert (tmp_path / "run" / "report.html").stat().st_size > 1e6
