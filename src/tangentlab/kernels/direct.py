@@ -136,16 +136,35 @@ class Direct:
         else:
             T = sum(use.positions(n) for use in weights)
             A = tile.tape.output.new_empty(left.stop, T, right.stop - right.start, T, dtype=tile.dtype)
-            size = tile.space / 4 / self._transient(weights, n)
-            for part in chunks(right.stop, size, right.start):
-                b = self._patches(tile, weights, part).flatten(0, 1)
-                low = part.start if tile.split is None else 0  # below the diagonal only
-                for some in chunks(left.stop, size, low):
-                    a = self._patches(tile, weights, some).flatten(0, 1)
-                    here = slice(part.start - right.start, part.stop - right.start)
-                    A[some, :, here] = outer(a, b, tile.dtype).view(-1, T, part.stop - part.start, T)
+            if n * self._transient(weights, n) <= tile.space / 2:
+                self._inner_at_once(tile, weights, A)
+            else:
+                self._inner_in_chunks(tile, weights, A)
         tile.cache[self] = A
         return A
+
+    def _inner_at_once(self, tile: Tile, weights: list[Positional], A: Tensor) -> None:
+        flat = self._patches(tile, weights, slice(None)).flatten(0, 1)
+        n, T, m, _ = A.shape
+        into = A.view(n * T, m * T)
+        if tile.split is not None:
+            into.copy_(outer(flat[: n * T], flat[n * T :], tile.dtype))
+            return
+        for block in row_blocks(n, T):  # below the diagonal only, example by example
+            rows = slice(block.start * T, block.stop * T)
+            into[rows, : rows.stop] = outer(flat[rows], flat[: rows.stop], tile.dtype)
+
+    def _inner_in_chunks(self, tile: Tile, weights: list[Positional], A: Tensor) -> None:
+        left, right = tile.sides
+        T, n = A.shape[1], len(tile.tape)
+        size = tile.space / 4 / self._transient(weights, n)
+        for part in chunks(right.stop, size, right.start):
+            b = self._patches(tile, weights, part).flatten(0, 1)
+            here = slice(part.start - right.start, part.stop - right.start)
+            low = part.start if tile.split is None else 0  # below the diagonal only
+            for some in chunks(left.stop, size, low):
+                a = self._patches(tile, weights, some).flatten(0, 1)
+                A[some, :, here] = outer(a, b, tile.dtype).view(-1, T, part.stop - part.start, T)
 
     def _ghost(self, tile: Tile, weights: list[Positional], A: Tensor) -> Tensor:
         """⟨G_ir, G_js⟩ = Σ_od (Σ_p δ_irpo a_ipd)(Σ_q δ_jsqo a_jqd) = Σ_pq (δ_irp·δ_jsq)(a_ip·a_jq)."""
@@ -161,7 +180,7 @@ class Direct:
             width = stop - right.start
             for some in chunks(block.stop, room / (2 * rows * T * width * rows * T), block.start):
                 B = outer(d[some].flatten(0, 2), flat, tile.dtype).view(-1, rows, T, width, rows, T)
-                K[some, :, :width] = B.mul_(A[some, None, :, :width, None]).sum((2, 5))
+                K[some, :, :width] = B.mul_(A[some, None, :, :width, None]).sum(5).sum(2)
         return K
 
     def _mixed(self, tile: Tile, weights: list[Positional], A: Tensor) -> Tensor:
