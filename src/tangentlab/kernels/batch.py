@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tangentlab.errors import KernelError
-from tangentlab.kernels.inputs import Inputs, count, outputs, select, tensors
-from tangentlab.kernels.reproducible import called, reproducible
-from tangentlab.modes import batchnorm, batchnorm_modules
+from tangentlab.kernels.inputs import Inputs, cotangents, count, outputs, select, tensors
+from tangentlab.kernels.products import chunks
+from tangentlab.kernels.reproducible import reproducible, require_statistics
+from tangentlab.modes import batchnorm
 
 # The part of the bound that the count may fill; the rest is for what allocators and BLAS keep aside, and for
 # the holes that many backwards leave in the heap.
@@ -130,7 +131,7 @@ def batch_ntk(
         if side is not None:
             with side.mode():
                 reproducible(model, side.parts[0])
-    sets = _cotangents(kind, plan.classes, dtype=left.dtype, device=left.device)
+    sets = cotangents(kind, plan.classes, left.dtype, left.device)
     n, m, rows = left.n, (right or left).n, sets.shape[1]
     K = torch.zeros(
         plan.classes if kind == "class" else 1, n * rows, m * rows, dtype=dtype, device=left.device
@@ -210,14 +211,14 @@ class _Side:
         To be consumed inside ``mode()``: a checkpointed module runs again in its backward.
         """
         targets = [self.parameters[piece.name] for piece in group]
-        for cotangents in sets:
+        for rows in sets:
             for part in self.parts:
-                yield from _rows(self.whole if self.batch else self.outputs(part), targets, cotangents)
+                yield from _rows(self.whole if self.batch else self.outputs(part), targets, rows)
 
 
-def _rows(F: Tensor, targets: Sequence[Tensor], cotangents: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
+def _rows(F: Tensor, targets: Sequence[Tensor], rows: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
     for i in range(len(F)):
-        for v in cotangents:
+        for v in rows:
             if not F.requires_grad:
                 yield (None,) * len(targets)
                 continue
@@ -229,22 +230,8 @@ def _rows(F: Tensor, targets: Sequence[Tensor], cotangents: Tensor) -> Iterator[
 def _sides(model: nn.Module, x: Inputs, x2: Inputs | None, mixed: bool) -> tuple[_Side, _Side | None]:
     if not mixed:
         return _Side(model, x, True), None if x2 is None else _Side(model, x2, True)
-    untracked = {module for module in batchnorm_modules(model) if module.running_mean is None}
-    for path, module in model.named_modules():
-        if module in untracked:
-            raise KernelError(
-                f"{called(path)} ({type(module).__name__}) has no running statistics, "
-                "so that the mixed kernel is undefined"
-            )
+    require_statistics(model, "the mixed kernel")
     return _Side(model, x, False), _Side(model, x if x2 is None else x2, True)
-
-
-def _cotangents(kind: str, classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What an example's outputs are contracted with, [sets, R, C]."""
-    unit = torch.eye(classes, dtype=dtype, device=device)
-    if kind == "full":
-        return unit[None]
-    return unit[:, None] if kind in ("class", "trace") else unit.sum(0)[None, None] / classes**0.5
 
 
 def _fill_symmetric(
@@ -275,7 +262,7 @@ def _fill(
             with held.mode():
                 _write(rows, group, first, advance)
             with streamed.mode():
-                for part in _chunks(into.shape[1], plan.block):
+                for part in chunks(into.shape[1], plan.block):
                     some = block[: part.stop - part.start]
                     _write(some, group, second, advance)
                     into[k % len(K), part].addmm_(some, rows.T)
@@ -321,7 +308,7 @@ def _by_examples(K: Tensor, n: int, m: int, classes: int) -> Tensor:
 def _planned(left: _Side, right: _Side | None, kind: str, limit: int, dtype: torch.dtype) -> BatchPlan:
     weights = [_weigh(side) for side in (left, right) if side is not None]
     classes = weights[0].classes
-    sets, rows, _ = _cotangents(kind, classes, dtype, torch.device("cpu")).shape
+    sets, rows, _ = cotangents(kind, classes, dtype, torch.device("cpu")).shape
     n, m = left.n * rows, (right or left).n * rows
     holds_x2 = m <= n
     held = min(n, m)
@@ -459,8 +446,4 @@ def _extrapolated(first: list[int], second: list[int], last: int, n: int) -> lis
 
 
 def _row_blocks(rows: int) -> Iterator[slice]:
-    return _chunks(rows, -(-rows // _BLOCKS))
-
-
-def _chunks(stop: int, size: int) -> Iterator[slice]:
-    return (slice(low, min(low + size, stop)) for low in range(0, stop, size))
+    return chunks(rows, -(-rows // _BLOCKS))

@@ -74,6 +74,14 @@ def outputs(model: nn.Module, x: Inputs) -> Tensor:
     return output
 
 
+def cotangents(kind: str, classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What an example's outputs are contracted with for a kernel, in sets taken at once, [sets, R, C]."""
+    unit = torch.eye(classes, dtype=dtype, device=device)
+    if kind == "full":
+        return unit[None]
+    return unit[:, None] if kind in ("class", "trace") else unit.sum(0)[None, None] / classes**0.5
+
+
 def check(x: Inputs, x2: Inputs | None) -> None:
     """Whether both are examples, and alike.
 

@@ -27,7 +27,7 @@ from tangentlab.kernels.inputs import Inputs, count, joined, mapped, select
 from tangentlab.kernels.memory import bytes_of
 from tangentlab.kernels.planning import Plan, settle
 from tangentlab.kernels.products import PRODUCTS, mirrored, precision
-from tangentlab.kernels.reproducible import called, made
+from tangentlab.kernels.reproducible import made, require_statistics
 from tangentlab.kernels.structure import (
     Changed,
     Structure,
@@ -41,7 +41,7 @@ from tangentlab.kernels.structure import (
     trained,
 )
 from tangentlab.kernels.verification import Disproved, Verifier
-from tangentlab.modes import batchnorm_modules, evaluation, preserved
+from tangentlab.modes import evaluation, preserved
 from tangentlab.randomness import generator
 
 _Result = TypeVar("_Result")
@@ -203,7 +203,7 @@ def _checked(
         raise ConfigError("products='tf32' needs a GPU; on a CPU there is 'bf16'")
     inputs.check(x, x2)
     if batchnorm != "batch":
-        _check_batchnorm(model)
+        require_statistics(model, "batchnorm='running'")
     reason = refused(model)
     if reason is not None:
         raise KernelError(reason)
@@ -261,7 +261,8 @@ class _Request:
         """[sets, R, C]; after the structure, which makes sure that a forward does no harm."""
         with torch.enable_grad():  # without it some modules take another path
             classes = inputs.outputs(self._model, select(self._x, slice(0, 1))).shape[1]
-        return _cotangents(self._kind, classes, next(iter(trained(self._model).values())))
+        p = next(iter(trained(self._model).values()))
+        return inputs.cotangents(self._kind, classes, p.dtype, p.device)
 
     def plan(self, costs: Costs) -> Plan:
         """The plan by these costs."""
@@ -383,24 +384,6 @@ def _summed(found: list[Block], tile: Tile, cotangents: Tensor, products: str | 
 
     in_turn(found, tile.tape, cotangents, add)
     return total[0] if total else None
-
-
-def _cotangents(kind: str, classes: int, like: Tensor) -> Tensor:
-    """What the outputs are contracted with, in sets taken at once, [sets, R, C]."""
-    unit = torch.eye(classes, dtype=like.dtype, device=like.device)
-    if kind == "full":
-        return unit[None]
-    return unit[:, None] if kind in ("class", "trace") else unit.sum(0)[None, None] / classes**0.5
-
-
-def _check_batchnorm(model: nn.Module) -> None:
-    untracked = {module for module in batchnorm_modules(model) if module.running_mean is None}
-    for path, module in model.named_modules():
-        if module in untracked:
-            raise KernelError(
-                f"{called(path)} ({type(module).__name__}) has no running statistics, "
-                "so that batchnorm='running' is undefined"
-            )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tangentlab.errors import KernelError
 from tangentlab.kernels.inputs import Inputs, count, outputs, select, tensors
 from tangentlab.kernels.products import chunks
+from tangentlab.modes import batchnorm_modules
 
 
 def reproducible(model: nn.Module, x: Inputs) -> Tensor:
@@ -84,6 +85,15 @@ def made(model: nn.Module) -> None:
         if any(t is not None and is_lazy(t) for t in held):
             raise KernelError(
                 f"{named(model, module)} makes its parameters at its first forward: run the model once before"
+            )
+
+
+def require_statistics(model: nn.Module, what: str) -> None:
+    """Raise a KernelError, naming the module, if a BatchNorm has no running statistics for ``what``."""
+    for module in batchnorm_modules(model):
+        if module.running_mean is None:
+            raise KernelError(
+                f"{named(model, module)} has no running statistics, so that {what} is undefined"
             )
 
 
