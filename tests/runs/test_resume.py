@@ -83,6 +83,7 @@ def test_killed_at_any_file_operation(config: RunConfig, whole: dict[str, Any], 
 
 
 def test_killed_at_random_times(config: RunConfig, whole: dict[str, Any], tmp_path: Path) -> None:
+    killed.run(config, tmp_path / "first")  # starts the server of the children, whose time is not a run's
     started = time.perf_counter()
     killed.run(config, tmp_path / "timed")
     duration = time.perf_counter() - started
@@ -90,26 +91,26 @@ def test_killed_at_random_times(config: RunConfig, whole: dict[str, Any], tmp_pa
     interrupted = 0
     for number in range(6):
         folder = tmp_path / f"run{number}"
-        interrupted += killed.kill_after(draws.uniform(0.2, 0.95) * duration, config, folder) != 0
+        interrupted += killed.kill_after(draws.uniform(0.1, 0.95) * duration, config, folder) != 0
         assert killed.run(config, folder) == 0
         assert contents(folder) == whole
     assert interrupted > 0
 
 
-def test_a_killed_run_says_so_and_a_running_one_is_left_alone(config: RunConfig, tmp_path: Path) -> None:
+def test_a_killed_run_says_so_and_a_running_one_is_left_alone(tiny_config: Make, tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    config = tiny_config("--training.epochs=1000")  # it does not end by itself before it is killed
     child = killed.start(config, folder)
     try:
         while not (folder / "checkpoints" / "last.safetensors").exists():
             assert child.is_alive()
             time.sleep(0.005)
-        if child.is_alive():
-            os.kill(child.pid, signal.SIGSTOP)
-            with pytest.raises(RunFolderError, match="in use by another process"):
-                train(config, folder, resume=True)
-            assert read_run(folder).state == "running"
+        os.kill(child.pid, signal.SIGSTOP)
+        with pytest.raises(RunFolderError, match="in use by another process"):
+            train(config, folder, resume=True)
+        assert read_run(folder).state == "running"
     finally:
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
     assert read_run(folder).state == "killed"
 
