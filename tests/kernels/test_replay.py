@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab.errors import KernelError
+from tangentlab.kernels import ntk
 from tangentlab.kernels.capture import Tape, record
 from tangentlab.kernels.replay import CannotReplay, Replay
 from tangentlab.kernels.reproducible import coarsest, mixing, reproducible
@@ -222,3 +223,18 @@ def test_a_lazy_module_is_refused_by_name() -> None:
         KernelError, match=r"module '1' \(LazyBatchNorm1d\) makes its parameters at its first"
     ):
         reproducible(model, torch.rand(3, 4))
+
+
+def test_what_torch_cannot_differentiate_or_tell_apart_is_refused_by_name() -> None:
+    class Equal(nn.Linear):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Equal)
+
+    with torch.inference_mode():
+        frozen = nn.Linear(4, 4)
+    for inner, complaint in (
+        (Equal(4, 4), r"module '1' \(Equal\) has an __eq__ but no __hash__"),
+        (frozen, r"module '1' \(Linear\) has parameters made in inference mode"),
+    ):
+        with pytest.raises(KernelError, match=complaint):
+            ntk(nn.Sequential(nn.Linear(4, 4), inner), torch.rand(3, 4))

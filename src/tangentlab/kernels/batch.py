@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tangentlab.errors import KernelError
 from tangentlab.kernels.inputs import Inputs, cotangents, count, outputs, select, tensors
+from tangentlab.kernels.memory import Saved
 from tangentlab.kernels.products import chunks
 from tangentlab.kernels.reproducible import reproducible, require_statistics
 from tangentlab.modes import batchnorm
@@ -405,15 +406,8 @@ class _Measured(NamedTuple):
 
 
 def _measured(side: _Side, part: Inputs) -> _Measured:
-    kept: dict[int, torch.UntypedStorage] = {}
-    own = {t.untyped_storage().data_ptr() for t in (*side.model.parameters(), *side.model.buffers())}
+    saved = Saved(side.model)
     unfolded: list[int] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor.detach()  # an output itself would hold the graph that holds it
 
     def unfold(module: _ConvNd, _args: object, output: object) -> None:
         if isinstance(output, Tensor):
@@ -424,7 +418,7 @@ def _measured(side: _Side, part: Inputs) -> _Measured:
     ]
     before = {name: (p.data_ptr(), p._version) for name, p in side.parameters.items()}
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with saved.recording():
             output = side.outputs(part).detach()
     finally:
         for handle in handles:
@@ -435,7 +429,7 @@ def _measured(side: _Side, part: Inputs) -> _Measured:
                 f"parameter {name!r} is changed by the model's forward: "
                 "the outputs are no function of it with a kernel"
             )
-    return _Measured(output, [storage.nbytes() for storage in kept.values()], unfolded)
+    return _Measured(output, saved.sizes(), unfolded)
 
 
 def _extrapolated(first: list[int], second: list[int], last: int, n: int) -> list[int]:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from tangentlab.kernels.functions import RULES
 from tangentlab.kernels.inputs import Inputs, outputs
+from tangentlab.kernels.linear import linear
 from tangentlab.kernels.sites import Call, Site
 from tangentlab.kernels.uses import Use
 
@@ -180,7 +181,7 @@ class _Recorder(TorchFunctionMode):
         use = None
         if rule is not None and not any(map(_transformed, (*args, *kwargs.values()))):
             use = rule(self._watched, args, kwargs)
-        output = function(*args, **kwargs)
+        output = (linear if function is F.linear and use is not None else function)(*args, **kwargs)
         if use is not None:
             use.returned(output)
             for p in use.roles.values():

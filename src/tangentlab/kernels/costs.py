@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentlab.kernels.products import outer
+from tangentlab.kernels.products import formed, outer
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Costs:
         source: "table" or "measured".
         product: flop/s of large matrix products a bᵀ in float32.
         batched: flop/s of batched products of the sizes of per-example gradients, long sums.
+        single: flop/s of the same in single precision, example by example, from about ten megaflop each.
         convolution: flop/s of weight gradients of convolutions of a single example, images of 16×16 and more.
         grouped: the same with many examples as groups of one call, at most 32 channels.
         forward: flop/s of a network's forward and backward.
@@ -37,6 +38,7 @@ class Costs:
     source: str
     product: float
     batched: float
+    single: float
     convolution: float
     grouped: float
     forward: float
@@ -58,8 +60,8 @@ class Costs:
 
 
 # One core of a server CPU with AVX-512, and a data-centre GPU.
-_CORE = Costs("table", 100e9, 80e9, 140e9, 140e9, 140e9, 6e9, 15e-6, 2**27, 0.45, 2.0)
-_GPU = Costs("table", 40e12, 15e12, 1e12, 1e12, 25e12, 2e12, 10e-6, 2**28, 0.5, 6.0)
+_CORE = Costs("table", 100e9, 80e9, 140e9, 140e9, 140e9, 140e9, 6e9, 15e-6, 2**28, 0.45, 2.0)
+_GPU = Costs("table", 40e12, 15e12, 15e12, 1e12, 1e12, 25e12, 2e12, 10e-6, 2**28, 0.5, 6.0)
 
 
 def table(device: torch.device) -> Costs:
@@ -67,7 +69,7 @@ def table(device: torch.device) -> Costs:
     if device.type == "cuda":
         return _GPU
     threads = torch.get_num_threads()
-    rates = ("product", "batched", "convolution", "grouped", "forward", "bandwidth")
+    rates = ("product", "batched", "single", "convolution", "grouped", "forward", "bandwidth")
     return replace(_CORE, **{name: threads * getattr(_CORE, name) for name in rates})
 
 
@@ -105,11 +107,13 @@ def measured(device: torch.device) -> Costs:
     G, a, d = rand(256, 2**15), rand(16, 256, 576), rand(16, 64, 256)
     product = seconds(lambda: outer(G, G, G.dtype))
     conv = 2 * 1024 * 9
+    into = rand(16, 64, 576)
     image, weight = rand(16, 64, 32, 32), rand(64, 64, 3, 3)
     return Costs(
         source="measured",
         product=2 * 256**2 * 2**15 / product,
         batched=2 * 16 * 256 * 576 * 64 / seconds(lambda: torch.bmm(d, a)),
+        single=2 * 16 * 256 * 576 * 64 / seconds(lambda: formed(d, a.transpose(1, 2), into)),
         convolution=8 * conv * 64**2 / seconds(weight_gradient(8, 64, 1, 1)),
         grouped=32 * conv * 16**2 / seconds(weight_gradient(32, 16, 32, 32)),
         forward=16 * conv * 64**2 / seconds(lambda: F.conv2d(image, weight, padding=1)),

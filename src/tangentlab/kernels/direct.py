@@ -21,9 +21,14 @@ from torch import Tensor, nn
 
 from tangentlab.kernels.blocks import Option, Shape, Tile
 from tangentlab.kernels.capture import Tape
-from tangentlab.kernels.products import chunks, outer, row_blocks
+from tangentlab.kernels.products import chunks, formed, one_by_one, outer, row_blocks
 from tangentlab.kernels.sites import Site
 from tangentlab.kernels.uses import Convolution, Embedding, Positional, Use
+
+# Elements of patches made at once: they are read again while they lie in a cache.
+_CACHED = 2**20
+# Elements of gradients multiplied at once: of longer ones the product is slow.
+_LARGEST = 2**27
 
 
 class Direct:
@@ -88,7 +93,9 @@ class Direct:
         """A slice of output channels of G at a time: the kernel is additive over parameters."""
         n, rows, D = len(tile.tape), _rows(weights), weights[0].features
         K: Tensor | None = None
-        for some in chunks(weights[0].channels, _even(tile.space / 2 / (n * rows * D))):
+        beside = min(tile.space / 2, max(_CACHED, 2 * self._transient(weights, n)))
+        most = min(tile.space - beside, _LARGEST) / (n * rows * D)
+        for some in chunks(weights[0].channels, _even(weights[0].channels, most)):
             width = some.stop - some.start
             G = tile.scratch(tile.factors, n, rows * width, D)
             if "patches" in self.route:
@@ -104,10 +111,9 @@ class Direct:
         n = len(tile.tape)
         if self.route == "kept patches" and self not in tile.cache:
             tile.cache[self] = self._patches(tile, weights, slice(0, n))
-        for part in chunks(n, tile.space / 2 / self._transient(weights, n)):
+        for part in chunks(n, min(tile.space / 2, _CACHED) / self._transient(weights, n)):
             a = tile.cache[self][part] if self in tile.cache else self._patches(tile, weights, part)
-            d = self._columns(tile, weights, part, some)
-            torch.bmm(d.flatten(1, 2), a, out=G[part])
+            formed(self._columns(tile, weights, part, some).flatten(1, 2), a, G[part])
 
     def _from_convolutions(self, tile: Tile, weights: list[Positional], some: slice, G: Tensor) -> None:
         n, rows = len(tile.tape), _rows(weights)
@@ -144,7 +150,7 @@ class Direct:
         return A
 
     def _inner_at_once(self, tile: Tile, weights: list[Positional], A: Tensor) -> None:
-        flat = self._patches(tile, weights, slice(None)).flatten(0, 1)
+        flat = self._vectors(tile, weights, slice(None)).flatten(0, 1)
         n, T, m, _ = A.shape
         into = A.view(n * T, m * T)
         if tile.split is not None:
@@ -159,11 +165,11 @@ class Direct:
         T, n = A.shape[1], len(tile.tape)
         size = tile.space / 4 / self._transient(weights, n)
         for part in chunks(right.stop, size, right.start):
-            b = self._patches(tile, weights, part).flatten(0, 1)
+            b = self._vectors(tile, weights, part).flatten(0, 1)
             here = slice(part.start - right.start, part.stop - right.start)
             low = part.start if tile.split is None else 0  # below the diagonal only
             for some in chunks(left.stop, size, low):
-                a = self._patches(tile, weights, some).flatten(0, 1)
+                a = self._vectors(tile, weights, some).flatten(0, 1)
                 A[some, :, here] = outer(a, b, tile.dtype).view(-1, T, part.stop - part.start, T)
 
     def _ghost(self, tile: Tile, weights: list[Positional], A: Tensor) -> Tensor:
@@ -204,7 +210,11 @@ class Direct:
 
     def _patches(self, tile: Tile, weights: list[Positional], part: slice) -> Tensor:
         n = len(tile.tape)
-        return _joined([use.patches(n, part, tile.factors) for use in weights], 1)
+        return _joined([use.patches(n, part, tile.factors) for use in weights], 2)
+
+    def _vectors(self, tile: Tile, weights: list[Positional], part: slice) -> Tensor:
+        n = len(tile.tape)
+        return _joined([use.vectors(n, part, tile.factors) for use in weights], 1)
 
     def _columns(self, tile: Tile, weights: list[Positional], part: slice, some: slice) -> Tensor:
         return _joined([use.columns(part, some, tile.factors) for use in weights], 3)
@@ -261,10 +271,11 @@ class Direct:
         moved = item * S * n * R * O * D / costs.bandwidth
         base = products / (costs.product * speed) + moved + S * 10 * costs.call
         space, most = 2 * max(n * R * D, transient), 2 * n * max(R * O * D, transient)
-        rate = costs.batched * speed * T / (T + 16)
+        single = one_by_one(R * O, T, D) and shape.dtype == torch.float32 and shape.products is None
+        rate = (costs.single if single else costs.batched) * speed * T / (T + 16)
         kept = n * T * D
         for held in (kept, 0) if S > 1 else (0,):
-            unfolding = 4 * item * n * T * D * (1 if held else S) / costs.bandwidth
+            unfolding = item * n * T * D * (1 if held else S) / (2 * costs.bandwidth)  # into a cache
             route = "kept patches" if held else "patches"
             found.append(
                 Option(route, forming + products, base + forming / rate + unfolding, held, space, most)
@@ -305,12 +316,12 @@ def _rows(live: Iterable[Site]) -> int:
     return next(site.delta.shape[1] for site in live if site.delta is not None)
 
 
-def _even(channels: float) -> float:
-    """Rounded down to what vector units like, where that leaves most of it."""
-    for step in (64, 16):
-        if channels >= step:
-            return channels // step * step
-    return channels
+def _even(channels: int, most: float) -> int:
+    """The width of slices of at most ``most`` channels: about equal, and what vector units like."""
+    if most < 16:
+        return max(1, int(most))
+    width = -(-channels // -(-channels // int(most)))
+    return int(min(-(-width // 16), most // 16) * 16)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -1,8 +1,13 @@
-"""Amounts of memory as people write them."""
+"""Amounts of memory as people write them, and the memory that a graph keeps."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
 
 from tangentlab.errors import ConfigError
 
@@ -39,3 +44,41 @@ def bytes_of(memory: int | str) -> int:
             f"{', '.join(_UNITS)}, as in '2GiB'"
         )
     return size
+
+
+class Saved:
+    """Weighs what the graph of a module's forward keeps alive, each storage once, but for the module's own.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> saved = Saved(model)
+        >>> with saved.recording():
+        ...     output = model(torch.zeros(8, 4))
+        >>> saved.sizes()
+        [128]
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+        self._kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count the tensor's storage too."""
+        storage = tensor.untyped_storage()
+        try:
+            place = storage.data_ptr()
+        except RuntimeError:  # torch.func's wrappers have none
+            return tensor
+        if place not in self._own:
+            self._kept[place] = storage
+        return tensor.detach()  # itself, it would hold its own graph in a cycle that is never freed
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Count what is saved for a backward meanwhile."""
+        with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor):
+            yield
+
+    def sizes(self) -> list[int]:
+        """Bytes of each storage, in the order of the forward."""
+        return [storage.nbytes() for storage in self._kept.values()]

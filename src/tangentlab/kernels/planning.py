@@ -27,6 +27,7 @@ from tangentlab.kernels.blocks import Block, Option, Replayed, Shape
 from tangentlab.kernels.capture import Tape, consumers
 from tangentlab.kernels.costs import Costs
 from tangentlab.kernels.inputs import Inputs, apply, mapped, select
+from tangentlab.kernels.memory import Saved
 from tangentlab.kernels.products import chunks
 from tangentlab.kernels.structure import Structure, blocks, taped
 from tangentlab.kernels.uses import Convolution, Use
@@ -377,35 +378,23 @@ def _weighed(
 ) -> _Weighed:
     """Run a small tile and weigh what its graph and its sites keep alive, each storage once."""
     x = mapped(example, lambda t: t.expand(copies, *t.shape[1:]))
-    kept: dict[int, torch.UntypedStorage] = {}
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        try:
-            place = storage.data_ptr()
-        except RuntimeError:  # torch.func's wrappers have none
-            return tensor
-        if place not in own:
-            kept[place] = storage
-        return tensor.detach()  # itself, it would hold its own graph in a cycle that is never freed
-
+    saved = Saved(model)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with saved.recording():
             tape = taped(model, structure, x)
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):
             raise
         # A forward with torch.func inside takes no such hooks.
         tape = taped(model, structure, x)
-        for tensor in _saved(tape.output):
-            keep(tensor)
+        for tensor in _shown(tape.output):
+            saved.keep(tensor)
     tape.pull(tape.output.new_ones(rows, tape.output.shape[1]))
     sites = tape.sites()
     for site in sites:
         for tensor in site.inputs:
-            keep(tensor)
-    sizes = [storage.nbytes() for storage in kept.values()]
+            saved.keep(tensor)
+    sizes = saved.sizes()
     arrived = {site: site.delta.nbytes for site in sites if site.delta is not None}
     # One cotangent is dealt with as it arrives; it waits only where a block has several sites.
     waiting = [s for b in found if len(b.sites(tape)) > 1 for s in b.sites(tape)] if rows == 1 else sites
@@ -416,7 +405,7 @@ def _weighed(
     return _Weighed(tape, sum(sizes), pending // copies, backward // copies)
 
 
-def _saved(output: Tensor) -> Iterator[Tensor]:
+def _shown(output: Tensor) -> Iterator[Tensor]:
     """What the nodes of a graph show of their saved tensors."""
     for node in {user for users in consumers(output).values() for user in users}:
         names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]

@@ -55,11 +55,33 @@ def outer(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _exact(a: Tensor, b: Tensor) -> Tensor:
+    return _onednn(a, b) if wide(a) else a @ b.T
+
+
+def formed(d: Tensor, a: Tensor, out: Tensor) -> None:
+    """Write d_i a_iᵀ [p, q] of each example's d_i [p, T] and a_i [q, T] into out [n, p, q]."""
+    if wide(d) and one_by_one(d.shape[1], d.shape[2], a.shape[1]):
+        for one, other, into in zip(d, a, out, strict=True):
+            into.copy_(_onednn(one, other))
+    else:
+        torch.bmm(d, a.transpose(1, 2), out=out)
+
+
+def one_by_one(p: int, T: int, q: int) -> bool:
+    """Whether products [p, T] [T, q] are large enough to be made one by one, where that is faster at all."""
+    return T > 16 and p * T * q >= 5e6
+
+
+def wide(a: Tensor) -> bool:
+    """Whether oneDNN makes the products of a."""
     # MKL keeps to half of the vector width on CPUs that are not Intel's; oneDNN does not.
-    if a.dtype == torch.float32 and not a.is_cuda and _ONEDNN is not None and b.is_contiguous():
-        product: Tensor = _ONEDNN(a.contiguous(), b, None, "none", [], "")
-        return product
-    return a @ b.T
+    return a.dtype == torch.float32 and not a.is_cuda and _ONEDNN is not None
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    b = b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous()
+    product: Tensor = _ONEDNN(a.contiguous(), b, None, "none", [], "")
+    return product
 
 
 _ONEDNN: Any = (

@@ -16,6 +16,7 @@ from torch.func import functional_call, vjp, vmap
 
 from tangentlab.errors import first_line
 from tangentlab.kernels.capture import Tape
+from tangentlab.kernels.memory import Saved
 from tangentlab.kernels.products import chunks
 from tangentlab.kernels.sites import Call, dense
 
@@ -172,21 +173,11 @@ class Replay:
         """Bytes that autograd keeps of one example's run: measured, for it is not known of any module."""
         key = call.entries(len(tape))
         if key not in self._graphs:
-            own = {
-                t.untyped_storage().data_ptr() for t in (*self.module.parameters(), *self.module.buffers())
-            }
-            kept: dict[int, torch.UntypedStorage] = {}
-
-            def keep(tensor: Tensor) -> Tensor:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in own:
-                    kept[storage.data_ptr()] = storage
-                return tensor.detach()  # itself, it would hold its own graph in a cycle that is never freed
-
+            saved = Saved(self.module)
             try:
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                with saved.recording():
                     self._run(call, [t[0] for t in call.inputs])
-                self._graphs[key] = sum(storage.nbytes() for storage in kept.values())
+                self._graphs[key] = sum(saved.sizes())
             except _FAILURES as error:
                 if _exhausted(error):
                     raise

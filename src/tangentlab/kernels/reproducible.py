@@ -75,17 +75,42 @@ def reproducible(model: nn.Module, x: Inputs) -> Tensor:
 
 
 def made(model: nn.Module) -> None:
-    """Whether every parameter and buffer has a shape.
+    """Whether every parameter and buffer has a shape and can be differentiated by.
 
     Raises:
-        KernelError: a lazy module has not been run; names it.
+        KernelError: a lazy module has not been run, a parameter was made in inference mode, or a module has
+            no hash, by which PyTorch itself tells modules apart; names it.
     """
-    for module in model.modules():
+    for path, module in _modules(model):
         held = (*module._parameters.values(), *module._buffers.values())
+        if type(module).__hash__ is None:
+            raise KernelError(
+                f"{called(path)} ({type(module).__name__}) has an __eq__ but no __hash__; "
+                "give it __hash__ = nn.Module.__hash__"
+            )
         if any(t is not None and is_lazy(t) for t in held):
             raise KernelError(
-                f"{named(model, module)} makes its parameters at its first forward: run the model once before"
+                f"{called(path)} ({type(module).__name__}) makes its parameters at its first forward: "
+                "run the model once before"
             )
+        if any(p is not None and p.is_inference() for p in module._parameters.values()):
+            raise KernelError(
+                f"{called(path)} ({type(module).__name__}) has parameters made in inference mode, "
+                "which have no gradients; make or load the model outside of it"
+            )
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """named_modules, for modules without a hash too."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) not in found:
+            found[id(module)] = (path, module)
+            inner = [(name, child) for name, child in module._modules.items() if child is not None]
+            stack += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inner)]
+    return list(found.values())
 
 
 def require_statistics(model: nn.Module, what: str) -> None:

@@ -77,8 +77,12 @@ class Positional(Use):
         return super().transient(role, n) + patches
 
     def patches(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
-        """a [b, T, D]."""
+        """a [b, D, T], in the layout that is made fastest."""
         raise NotImplementedError
+
+    def vectors(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        """a [b, T, D], contiguous; D in an order of its own, the same for all examples."""
+        return self.patches(n, part, dtype).transpose(1, 2).contiguous()
 
     def columns(self, part: slice, some: slice, dtype: torch.dtype) -> Tensor:
         """δ [b, R, |some|, T] of the channels ``some``."""
@@ -88,7 +92,7 @@ class Positional(Use):
         if role == "bias":
             return self.columns(part, slice(None), dtype).sum(3)
         a, d = self.patches(n, part, dtype), self.columns(part, slice(None), dtype)
-        G: Tensor = torch.einsum("nrot,ntd->nrdo" if self.swapped else "nrot,ntd->nrod", d, a)
+        G: Tensor = torch.einsum("nrot,ndt->nrdo" if self.swapped else "nrot,ndt->nrod", d, a)
         return G.reshape(len(G), G.shape[1], -1)
 
 
@@ -104,7 +108,7 @@ class Linear(Positional):
 
     def patches(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
         a = self.front(self.inputs[0], n)[part].to(dtype)
-        return a.reshape(len(a), -1, self.features)
+        return a.reshape(len(a), -1, self.features).transpose(1, 2)
 
     def columns(self, part: slice, some: slice, dtype: torch.dtype) -> Tensor:
         d = self._delta[part][..., some].to(dtype)
@@ -171,17 +175,33 @@ class Convolution(Positional):
         self.positional = groups == 1 and not self._transposed and len(self._kernel) <= 2
 
     def patches(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
-        a = self.front(self.inputs[0], n)[part].to(dtype)
-        flat = a.flatten(0, 1) if len(self._kernel) == 2 else a.flatten(0, 1).unsqueeze(2)
-        missing = 2 - len(self._kernel)  # a sequence is an image of height one
-        u = F.unfold(
-            flat,
-            (*[1] * missing, *self._kernel),
-            (*[1] * missing, *self._dilation),
-            (*[0] * missing, *self._padding),
-            (*[1] * missing, *self._stride),
+        windows = self._windows(self.front(self.inputs[0], n)[part].to(dtype))  # [b, k, C, h, w, u, v]
+        return windows.permute(0, 2, 5, 6, 1, 3, 4).reshape(len(windows), self.features, -1)
+
+    def vectors(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
+        # Channels last, where whole rows of a window lie together.
+        a = self.front(self.inputs[0], n)[part].to(dtype).movedim(2, -1).contiguous().movedim(-1, 2)
+        windows = self._windows(a).permute(0, 1, 3, 4, 5, 6, 2)
+        return windows.reshape(len(windows), -1, self.features).contiguous()
+
+    def _windows(self, a: Tensor) -> Tensor:
+        """a [b, k, C, ...] as [b, k, C, h, w, u, v]: at output (h, w) what meets the weight's entry (u, v).
+
+        A view of the padded images, so that a copy of it runs along their rows: ten times faster than unfold.
+        """
+        missing = [1] * (2 - len(self._kernel))  # a sequence is an image of height one
+        kernel, stride, dilation = (
+            [*missing, *sizes] for sizes in (self._kernel, self._stride, self._dilation)
         )
-        return u.view(len(a), -1, *u.shape[1:]).transpose(2, 3).flatten(1, 2)
+        a = F.pad(a, [width for size in reversed(self._padding) for width in (size, size)])
+        a = a.unsqueeze(3) if missing else a
+        extents = [
+            (size - d * (u - 1) - 1) // s + 1
+            for size, u, s, d in zip(a.shape[3:], kernel, stride, dilation, strict=True)
+        ]
+        *outer, h, w = a.stride()
+        steps = [h * stride[0], w * stride[1], h * dilation[0], w * dilation[1]]
+        return a.as_strided([*a.shape[:3], *extents, *kernel], [*outer, *steps])
 
     def columns(self, part: slice, some: slice, dtype: torch.dtype) -> Tensor:
         d = self._delta[part][:, :, :, some].to(dtype).flatten(4)  # [b, R, k, |some|, T/k]
