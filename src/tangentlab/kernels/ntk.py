@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,10 @@ from tangentlab.modes import evaluation, preserved
 from tangentlab.randomness import generator
 
 _Result = TypeVar("_Result")
+
+# The structure of a model and the plans made for it.
+_planned: WeakKeyDictionary[nn.Module, tuple[Structure, dict[object, Plan]]] = WeakKeyDictionary()
+_MOST_PLANS = 16
 
 KINDS = ("full", "class", "trace", "pseudo")
 BATCHNORM = ("running", "batch", ("running", "batch"))
@@ -265,21 +270,29 @@ class _Request:
         return inputs.cotangents(self._kind, classes, p.dtype, p.device)
 
     def plan(self, costs: Costs) -> Plan:
-        """The plan by these costs."""
+        """The plan by these costs; kept as long as the structure holds, for probes ask again and again."""
         structure = self.structure()
-        return settle(
-            self._model,
-            structure,
-            self._x,
-            (count(self._x), None if self._x2 is None else count(self._x2)),
-            self._kind,
-            (len(self._cotangents), self._cotangents.shape[1]),
-            self._dtype,
-            self._products,
-            self._limit,
-            costs,
-            self._signature,
-        )
+        held, plans = _planned.get(self._model, (None, {}))
+        if held is not structure or len(plans) > _MOST_PLANS:
+            plans = {}
+            _planned[self._model] = (structure, plans)
+        sizes = (count(self._x), None if self._x2 is None else count(self._x2))
+        key = (sizes, self._kind, self._dtype, self._products, self._limit, costs)
+        if key not in plans:
+            plans[key] = settle(
+                self._model,
+                structure,
+                self._x,
+                sizes,
+                self._kind,
+                (len(self._cotangents), self._cotangents.shape[1]),
+                self._dtype,
+                self._products,
+                self._limit,
+                costs,
+                self._signature,
+            )
+        return plans[key]
 
     def kernel(self, given: Plan | None, *, check: bool, progress: bool) -> Tensor:
         """The kernel by the plan, or by one of its own.

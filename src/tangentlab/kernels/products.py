@@ -61,6 +61,7 @@ def _exact(a: Tensor, b: Tensor) -> Tensor:
 def formed(d: Tensor, a: Tensor, out: Tensor) -> None:
     """Write d_i a_iᵀ [p, q] of each example's d_i [p, T] and a_i [q, T] into out [n, p, q]."""
     if wide(d) and one_by_one(d.shape[1], d.shape[2], a.shape[1]):
+        d = d.contiguous()  # oneDNN needs it; of all at once it is a third of the work
         for one, other, into in zip(d, a, out, strict=True):
             into.copy_(_onednn(one, other))
     else:
