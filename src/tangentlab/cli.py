@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tangentlab import __version__
-from tangentlab.errors import InterruptedRunError, TangentlabError
+from tangentlab.errors import DivergedError, InterruptedRunError, TangentlabError
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         call: Callable[..., None] = options.call
         call(options, rest)
     except InterruptedRunError as error:
-        return _fail(error, INTERRUPTED)
+        return _fail(error, INTERRUPTED) if _speaks() else 0
+    except DivergedError as error:
+        return _fail(error, BAD_INPUT) if _speaks() else 0
     except TangentlabError as error:
         return _fail(error, BAD_INPUT)
     except BrokenPipeError:  # whoever read our output has had enough
@@ -181,6 +183,16 @@ def _print(what: Any) -> None:
     from rich.console import Console
 
     Console().print(what)
+
+
+def _speaks() -> bool:
+    """Whether this is the process that tells what all of them stop for.
+
+    The others end well: one that fails is taken for the cause, and the first is killed while it saves.
+    """
+    from tangentlab.runs import is_first_process
+
+    return is_first_process()
 
 
 def _fail(error: object, code: int) -> int:

@@ -63,9 +63,22 @@ def test_ranks_partition_the_batch_in_order():
         assert [len(part[0]) for part in parts] == [2, 2, 2]
 
 
-def test_ranks_are_augmented_by_streams_of_their_own():
-    x, _, index = batches(rank=2, world_size=3).batch(4)
-    assert torch.equal(x, STRONG(SPLIT.x(index), generator=generator(0, "augment", 4, 2)))
+def test_ranks_share_the_augmentation_of_the_whole_batch():
+    parts = [batches(rank=rank, world_size=3).batch(4)[0] for rank in range(3)]
+    assert torch.equal(torch.cat(parts), batches().batch(4)[0])
+
+
+def test_the_placement_finds_the_batch_on_the_padded_images():
+    data = batches()
+    x, _, index = data.batch(4)
+    placement = data.placement(4, x)
+    padded = torch.nn.functional.pad(SPLIT.x(index), (placement.margin,) * 4)
+    assert padded.shape[1:] == placement.canvas(x)
+    assert torch.equal(placement.take(padded), x)
+    canvas = torch.zeros_like(padded)
+    placement.put(canvas, x + 1)
+    assert torch.equal(placement.take(canvas), x + 1)
+    assert (canvas != 0).sum() == x.numel()
 
 
 def test_seeds_differ_and_global_randomness_is_untouched():

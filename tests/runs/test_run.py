@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,11 +13,9 @@ from torch import nn
 import tangentlab as tl
 from tangentlab.errors import ConfigError, InterruptedRunError, ModelError
 from tangentlab.files import read_tensors
-from tangentlab.records import read_run
 from tangentlab.runs import RunConfig, hooks, load_config, resolve, shipped_configs, train
 from tangentlab.runs.build import build_data, build_model, every_steps
 from tangentlab.runs.evaluation import count_correct
-from tiny import TINY
 
 Make = Callable[..., RunConfig]
 
@@ -50,6 +46,8 @@ def test_every_shipped_configuration_runs(name: str, data_root: Path, tmp_path: 
     as_shipped = load_config(name)
     small = [*BRIEF, f"--data.root={data_root}"]
     small += ["--data.train_size=100", "--data.validation_size=40"]
+    if "num_steps" not in as_shipped.method:
+        small.remove("--method.num_steps=1")
     if as_shipped.model["name"] == "preactresnet18":
         small.append("--model.width=4")
     if as_shipped.data.name == "cifar100":
@@ -77,7 +75,7 @@ def test_from_python_in_a_handful_of_lines(tmp_path: Path) -> None:
     )
     config = resolve({**config.to_dict(), "training": {"epochs": 1}, "probe": {"size": 10}})
     record = tl.train(config, tmp_path / "run")
-    assert record.config["method"] == {"name": "fgsm", "eps": 0.2}
+    assert record.config["method"].items() >= {"name": "fgsm", "eps": 0.2}.items()
     lines = tl.evaluate(tmp_path / "run", num_steps=2, test_size=30)
     assert [line["n"] for line in lines] == [30] * 6
 
@@ -89,7 +87,8 @@ def test_the_log_counts_what_the_method_costs(tiny_config: Make, tmp_path: Path)
     assert line["cost"] == 22 + 20 + 2 * 2
     assert line["summed_learning_rate"] == pytest.approx(6 * 0.1)
     assert record.status["probe_seconds"] > 0
-    assert record.status["best"]["robust_accuracy"] == max(record.series("robust_accuracy")[1])
+    # The untrained network is on the curve, but no candidate.
+    assert record.status["best"]["robust_accuracy"] == max(record.series("robust_accuracy")[1][1:])
 
 
 def test_the_best_checkpoint_is_chosen_on_the_validation_split(tiny_config: Make, tmp_path: Path) -> None:
@@ -259,23 +258,6 @@ def test_normalize_is_the_first_layer_and_travels_with_the_weights(tiny_config: 
     x = build_data(config).train.x()
     assert tensors["model/0.mean"].item() == pytest.approx(x.mean().item(), rel=1e-5)
     assert tensors["model/0.std"].item() == pytest.approx(x.std().item(), rel=1e-5)
-
-
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    words = [*TINY, "--processes=2", "--training.epochs=2", "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "-m", "tangentlab.cli", "train", "digits", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    record = read_run(tmp_path / "run")
-    assert record.state == "finished"
-    assert len(record.series("train_loss")[1]) == 2
-    assert len(record.kernel_steps()) > 1
-    assert done.stdout.count("Report: ") == 1  # one of them speaks
 
 
 def test_an_interval_in_epochs_is_at_least_a_step() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +16,22 @@ from tangentlab.randomness import generator
 from tangentlab.training import (
     METHODS,
     SCHEDULES,
+    Adversarial,
+    ATTATraining,
+    Batch,
+    FGSMPGITraining,
+    FGSMRSTraining,
     FGSMTraining,
+    FreeTraining,
+    GradAlignTraining,
     Method,
     Network,
     PGDTraining,
     Standard,
     Step,
+    TRADESTraining,
     TrainingState,
+    ZeroGradTraining,
     load_checkpoint,
     load_weights,
     save_checkpoint,
@@ -32,13 +42,36 @@ from tangentlab.training import (
 EPS = 0.1
 INSTANCES: dict[str, Method] = {
     "standard": Standard(),
-    "fgsm": FGSMTraining(EPS),
     "pgd": PGDTraining(EPS, EPS / 4, 3),
+    "trades": TRADESTraining(EPS, EPS / 4, 3),
+    "fgsm": FGSMTraining(EPS),
+    "fgsm_rs": FGSMRSTraining(EPS),
+    "free": FreeTraining(EPS, replays=3),
+    "grad_align": GradAlignTraining(EPS),
+    "zero_grad": ZeroGradTraining(EPS),
+    "fgsm_pgi": FGSMPGITraining(EPS),
+    "atta": ATTATraining(EPS),
 }
+ADVERSARIAL = {name: method for name, method in INSTANCES.items() if isinstance(method, Adversarial)}
+# Updates of BatchNorm's buffers in a step, as each method's source has them.
+UPDATES = {
+    "standard": 1,
+    "pgd": 4,
+    "trades": 2,
+    "fgsm": 2,
+    "fgsm_rs": 2,
+    "free": 1,
+    "grad_align": 3,
+    "zero_grad": 2,
+    "fgsm_pgi": 2,
+    "atta": 1,
+}
+every_method = pytest.mark.parametrize("method", INSTANCES.values(), ids=INSTANCES)
+every_adversarial = pytest.mark.parametrize("method", ADVERSARIAL.values(), ids=ADVERSARIAL)
 
 
 class Counting(nn.Module):
-    """Counts forwards, and backwards that reach its input or its weights."""
+    """Counts forwards, backwards that reach its input alone, and those that reach its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,23 +79,21 @@ class Counting(nn.Module):
         self.layers = nn.Sequential(
             nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3)
         )
-        self.forwards = self.input_backwards = self.full_backwards = 0
-        self.layers[1].weight.register_hook(lambda _: self._count("full_backwards"))
-
-    def _count(self, name: str) -> None:
-        setattr(self, name, getattr(self, name) + 1)
+        self.forwards = 0
+        self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.forwards += 1
-        if x.requires_grad:
-            x.register_hook(lambda _: self._count("input_backwards"))
+        self.seen.append(x.detach().clone())
         return self.layers(x)
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    draws = generator(0, "batch", step)
+def batch(step: int) -> Batch:
+    """48 examples in two batches an epoch."""
+    draws = generator(0, "batch", step % 2)
     x = torch.rand(24, 1, 4, 4, generator=draws)
-    return x, x.flatten(1)[:, :3].argmax(1)
+    index = torch.arange(24) + 24 * (step % 2)
+    return Batch(x, x.flatten(1)[:, :3].argmax(1), index, 48, step // 2)
 
 
 def state_of(model: nn.Module, lr: float = 0.05) -> TrainingState:
@@ -71,58 +102,144 @@ def state_of(model: nn.Module, lr: float = 0.05) -> TrainingState:
 
 def run(state: TrainingState, method: Method, steps: int, **options: object) -> None:
     make = Step(trained=state.model, autocast=nullcontext, backward=lambda loss: loss.backward())
-    settings: dict = {"batch": batch, "learning_rate": lambda _: 0.05, "seed": 0, "make": make, **options}
-    train(state, method=method, steps=steps, **settings)
+    settings: dict = {
+        "batch": lambda step: batch(step // method.replays),
+        "learning_rate": lambda _: 0.05,
+        "seed": 0,
+        "make": make,
+        **options,
+    }
+    train(state, method=lambda _: method, steps=steps, **settings)
+
+
+def loss_of(
+    method: Method, model: nn.Module, drawn: Batch, memory: dict[str, Tensor] | None = None
+) -> Tensor:
+    memory = {} if memory is None else memory
+    return method.loss(Network(model, model), drawn, memory=memory, generator=generator(1, "m"))
 
 
 def test_every_method_is_under_the_contract() -> None:
-    assert INSTANCES.keys() == METHODS.keys()
+    assert INSTANCES.keys() == METHODS.keys() == UPDATES.keys()
     assert all(type(INSTANCES[name]) is METHODS[name] for name in METHODS)
 
 
-@pytest.mark.parametrize("method", INSTANCES.values(), ids=INSTANCES)
-def test_the_passes_of_a_step_are_the_ones_stated(method: Method) -> None:
-    model = Counting()
-    run(state := state_of(model), method, 1)
-    assert (model.forwards, model.input_backwards, model.full_backwards) == method.passes
-    assert state.passes == method.passes
+@every_method
+def test_the_forwards_of_a_step_are_the_ones_stated(method: Method) -> None:
+    for each in (method, *([replace(method, clean_weight=0.5)] if _mixes(method) else [])):
+        model = Counting()
+        run(state := state_of(model), each, 1)
+        assert model.forwards == each.passes.forwards
+        assert state.passes == each.passes
 
 
-@pytest.mark.parametrize("method", INSTANCES.values(), ids=INSTANCES)
-def test_batchnorm_is_updated_once_a_step_by_the_batch_that_is_trained_on(method: Method) -> None:
-    model = Counting()
-    x, y = batch(0)
-    attack = getattr(method, "attack", None)
-    model.train()
-    trained_on = x if attack is None else attack(model, x, y, generator=generator(0, "method", 0))
-    expected = 0.1 * model.layers[1](trained_on.flatten(1)).mean(0)
-    run(state_of(model), method, 1)
-    assert int(model.layers[2].num_batches_tracked) == 1
-    assert torch.allclose(model.layers[2].running_mean, expected, atol=1e-6)
+def _mixes(method: Method) -> bool:
+    return isinstance(method, Adversarial) and not isinstance(method, TRADESTraining)
 
 
-@pytest.mark.parametrize("method", INSTANCES.values(), ids=INSTANCES)
-def test_the_loss_is_the_one_of_the_stated_attack_and_it_falls(method: Method) -> None:
+@every_method
+def test_the_backwards_of_a_step_are_the_ones_stated(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products tell them: of this network's input, by each layer, and of its weights."""
     model = Counting().train()
-    x, y = batch(0)
-    attack = getattr(method, "attack", None)
-    crafted = x if attack is None else attack(model, x, y, generator=generator(1, "m"))
-    expected = F.cross_entropy(model(crafted), y)
-    loss = method.loss(Network(model, model), x, y, generator=generator(1, "m"))
-    assert torch.allclose(loss, expected)
+    products = {"inputs": 0, "weights": 0}
+
+    class First(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx, d):
+            x, weight = ctx.saved_tensors
+            products["inputs"] += ctx.needs_input_grad[0]
+            return (d @ weight if ctx.needs_input_grad[0] else None), d.T @ x
+
+    first = model.layers[1]
+    monkeypatch.setattr(first, "forward", lambda x: First.apply(x, first.weight) + first.bias)
+    first.weight.register_hook(lambda _: products.__setitem__("weights", products["weights"] + 1))
+    loss_of(method, model, batch(0)).backward()
+    assert products["weights"] == 1  # crafting computes no gradient of the parameters
+    shared = isinstance(method, (FreeTraining, FGSMPGITraining))  # the loss's backward reaches x too
+    double = isinstance(method, GradAlignTraining)
+    assert products["inputs"] == method.passes.input_backwards + shared + double
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_buffers_are_updated_as_often_as_the_source_has_it(name: str) -> None:
+    model = Counting()
+    run(state_of(model), INSTANCES[name], 1)
+    assert int(model.layers[2].num_batches_tracked) == UPDATES[name]
+
+
+@every_adversarial
+@pytest.mark.parametrize(
+    "updates", [("loss",), (), ("clean",), ("loss", "clean"), ("clean", "loss")], ids=lambda u: "+".join(u)
+)
+def test_buffers_are_updated_by_the_forwards_named(method: Adversarial, updates: tuple[str, ...]) -> None:
+    method = replace(method, buffer_updates=updates)
+    model = Counting()
+    before = [p.clone() for p in model.layers[1].parameters()]
+    run(state_of(model), method, 1)
+    if method.passes.forwards != model.forwards:
+        pytest.fail(f"{model.forwards} forwards, stated {method.passes.forwards}")
+    clean = batch(0).x
+    of_loss = 2 if isinstance(method, TRADESTraining) else 1
+    assert int(model.layers[2].num_batches_tracked) == of_loss * ("loss" in updates) + ("clean" in updates)
+    if updates == ("clean",):  # after the update, by the new weights
+        expected = 0.1 * model.layers[1](clean.flatten(1)).mean(0)
+        assert torch.allclose(model.layers[2].running_mean, expected, atol=1e-6)
+    if updates == ("clean", "loss"):
+        assert torch.equal(model.seen[0], clean)
+        assert not torch.equal(model.layers[1].weight, before[0])
+    if updates == ("loss", "clean"):
+        assert torch.equal(model.seen[-1], clean)
+
+
+@every_adversarial
+def test_crafting_uses_the_statistics_asked_for(method: Adversarial) -> None:
+    def trained_on(statistics: str, mean: float) -> Tensor:
+        model = Counting().train()
+        model.layers[2].running_mean.fill_(mean)
+        changed = replace(method, crafting_statistics=statistics, buffer_updates=("loss",))
+        state = state_of(model)
+        run(state, changed, 2 if method.replays > 1 else 1)
+        assert model.layers[2].training
+        return model.seen[-1]
+
+    assert torch.equal(trained_on("batch", 0.0), trained_on("batch", 5.0))
+    if method.crafting_passes.input_backwards and not isinstance(method, FreeTraining):
+        assert not torch.equal(trained_on("running", 0.0), trained_on("running", 5.0))
+
+
+@every_adversarial
+def test_what_is_trained_on_is_in_the_ball_and_the_box(method: Adversarial) -> None:
+    model = Counting()
+    state = state_of(model)
+    for steps in range(1, 7):
+        model.seen.clear()
+        run(state, method, steps)
+        clean = batch((steps - 1) // method.replays).x
+        for x in model.seen:
+            assert x.min() >= 0
+            assert x.max() <= 1
+            assert (x - clean).abs().max() <= EPS + 1e-6
+    assert (model.seen[-1] - clean).abs().max() > 0.5 * EPS
+
+
+@every_method
+def test_the_loss_falls(method: Method) -> None:
     state = state_of(Counting())
-    run(state, method, 5)
+    run(state, method, 6)
     early = float(state.loss_sum)
+    run(state, method, 240)
     state.loss_sum.zero_()
-    state.step, after = 5, 60
-    run(state, method, after)
-    state.loss_sum.zero_()
-    run(state, method, after + 5)
+    run(state, method, 246)
     assert float(state.loss_sum) < 0.9 * early
 
 
-@pytest.mark.parametrize("method", INSTANCES.values(), ids=INSTANCES)
-def test_the_crafting_goes_through_the_bare_module(method: Method) -> None:
+@every_method
+def test_the_wrapper_is_called_once_and_crafting_goes_around_it(method: Method) -> None:
     class Wrapper(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -134,18 +251,19 @@ def test_the_crafting_goes_through_the_bare_module(method: Method) -> None:
 
     model = Counting().train()
     wrapper = Wrapper(model)
-    method.loss(Network(bare=model, trained=wrapper), *batch(0), generator=generator(0, "m"))
+    method.loss(Network(bare=model, trained=wrapper), batch(0), memory={}, generator=generator(0, "m"))
     assert wrapper.calls == 1
     assert model.forwards == method.passes.forwards
 
 
-@pytest.mark.parametrize("method", INSTANCES.values(), ids=INSTANCES)
+@every_method
 def test_a_resumed_training_equals_the_uninterrupted_one(method: Method, tmp_path) -> None:
     whole = state_of(Counting())
     run(whole, method, 9)
     first = state_of(Counting())
     run(first, method, 4)
     save_checkpoint(tmp_path / "last", first, {"note": [1, None]}, {"k": torch.eye(2)})
+    assert bool(first.memory) == method.remembers
     resumed = state_of(Counting())
     extra, tensors = load_checkpoint(tmp_path / "last", resumed)
     assert extra == {"note": [1, None]}
@@ -161,6 +279,79 @@ def test_a_resumed_training_equals_the_uninterrupted_one(method: Method, tmp_pat
         assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
 
 
+@every_adversarial
+def test_a_mixed_loss_is_the_weighted_mean(method: Adversarial) -> None:
+    if not _mixes(method):
+        with pytest.raises(ConfigError, match="clean_weight=0.5: TRADES has a clean term"):
+            replace(method, clean_weight=0.5)
+        return
+    drawn = batch(0)
+    crafted = loss_of(method, Counting().train(), drawn)
+    clean = F.cross_entropy(Counting().train()(drawn.x), drawn.y)
+    mixed = loss_of(replace(method, clean_weight=0.25), Counting().train(), drawn)
+    penalty = crafted - F.cross_entropy(Counting().train()(_trained_on(method, drawn)), drawn.y)
+    assert torch.allclose(mixed, 0.75 * (crafted - penalty) + 0.25 * clean + penalty, atol=1e-5)
+
+
+def _trained_on(method: Adversarial, drawn: Batch) -> Tensor:
+    """What the wrapper sees."""
+    model = Counting().train()
+    seen: list[Tensor] = []
+    wrapper = nn.Sequential(model)
+    wrapper.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    method.loss(Network(model, wrapper), drawn, memory={}, generator=generator(1, "m"))
+    return seen[0]
+
+
+@every_method
+def test_label_smoothing_is_torchs(method: Method) -> None:
+    drawn = batch(0)
+    smooth = replace(method, label_smoothing=0.3)
+    found = loss_of(smooth, Counting().train(), drawn)
+    assert not torch.allclose(found, loss_of(method, Counting().train(), drawn))
+    plain = (
+        Standard,
+        PGDTraining,
+        FGSMTraining,
+        FGSMRSTraining,
+        FreeTraining,
+        ZeroGradTraining,
+        ATTATraining,
+    )
+    if isinstance(method, plain):  # no penalty beside it
+        x = drawn.x if isinstance(method, Standard) else _trained_on(smooth, drawn)
+        expected = F.cross_entropy(Counting().train()(x), drawn.y, label_smoothing=0.3)
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_an_average_of_the_weights_is_kept_saved_and_judged(tmp_path) -> None:
+    def averaged_state() -> TrainingState:
+        state = state_of(Counting())
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+        state.averaged = torch.optim.swa_utils.AveragedModel(
+            state.model, multi_avg_fn=average, use_buffers=True
+        )
+        return state
+
+    weights: list[Tensor] = []
+    state = averaged_state()
+    run(state, Standard(), 6, hooks=[lambda s: weights.append(s.model.layers[1].weight.detach().clone())])
+    expected = weights[1]
+    for weight in weights[2:]:
+        expected = 0.5 * expected + 0.5 * weight
+    assert torch.allclose(state.evaluated.layers[1].weight, expected, atol=1e-6)
+    save_checkpoint(tmp_path / "last", state, {}, {})
+    judged = Counting()
+    load_weights(tmp_path / "last", judged)
+    assert torch.equal(judged.layers[1].weight, state.evaluated.layers[1].weight)
+    resumed = averaged_state()
+    load_checkpoint(tmp_path / "last", resumed)
+    run(resumed, Standard(), 9)
+    run(state, Standard(), 9)
+    for name, value in state.averaged.module.state_dict().items():
+        assert torch.equal(value, resumed.averaged.module.state_dict()[name]), name
+
+
 def test_hooks_see_step_zero_and_every_step_once() -> None:
     seen: list[int] = []
     state = state_of(Counting())
@@ -170,9 +361,9 @@ def test_hooks_see_step_zero_and_every_step_once() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step() -> None:
-    def poisoned(step: int) -> tuple[Tensor, Tensor]:
-        x, y = batch(step)
-        return (x * float("nan") if step == 2 else x), y
+    def poisoned(step: int) -> Batch:
+        drawn = batch(step)
+        return replace(drawn, x=drawn.x * float("nan")) if step == 2 else drawn
 
     state = state_of(Counting())
     with pytest.raises(DivergedError, match="the loss is nan at step 3"):
@@ -202,6 +393,8 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path) -> None:
         ("constant", [1, 1, 1, 1]),
         ("piecewise", [1, 1, 0.1, 0.01]),
         ("cyclic", [0, 0.625, 5 / 6, 1 / 3]),
+        ("cosine", [1, 0.8535533906, 0.5, 0.0954915028]),
+        ("linear", [0, 0.5, 1, 1]),
     ],
 )
 def test_schedules(name: str, values: list[float]) -> None:
@@ -214,3 +407,38 @@ def test_the_attacks_are_the_methods_settings() -> None:
     with pytest.raises(ConfigError, match="eps=8 is out of range"):
         PGDTraining(8, 0.1)
     assert PGDTraining(0.2, 0.1, 10).passes == (11, 10, 1)
+
+
+def test_one_cycle_is_torchs() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    torchs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=1001, cycle_momentum=False
+    )
+    for step in range(1000):
+        assert SCHEDULES["one_cycle"](step / 1000) == pytest.approx(torchs.get_last_lr()[0], abs=4e-3)
+        optimizer.step()
+        torchs.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PGDTraining(EPS, EPS, label_smoothing=1.0), r"label_smoothing=1.0 is out of range \[0, 1\)"),
+        (lambda: FGSMTraining(EPS, clean_weight=-0.1), "clean_weight=-0.1 is out of range"),
+        (lambda: FGSMTraining(EPS, crafting_statistics="both"), "crafting_statistics 'both' is unknown"),
+        (lambda: FGSMTraining(EPS, buffer_updates=("attack",)), "buffer_updates 'attack' is unknown"),
+        (lambda: FGSMTraining(EPS, buffer_updates=("loss", "loss")), "names a forward twice"),
+        (lambda: FGSMTraining(EPS, crafting_statistics="running"), "only batch statistics can update"),
+        (lambda: FreeTraining(EPS, replays=0), "replays=0 is out of range"),
+        (lambda: ZeroGradTraining(EPS, quantile=1.0), "quantile=1.0 is out of range"),
+        (lambda: GradAlignTraining(EPS, alignment=0.0), "alignment=0.0 is out of range"),
+        (lambda: TRADESTraining(EPS, EPS, beta=0.0), "beta=0.0 is out of range"),
+        (lambda: TRADESTraining(EPS, EPS, num_steps=0), "num_steps=0 is out of range"),
+        (lambda: ATTATraining(EPS, reset_epochs=0), "reset_epochs=0 is out of range"),
+        (lambda: FGSMPGITraining(EPS, decay=1.0), "decay=1.0 is out of range"),
+        (lambda: FGSMPGITraining(8), "eps=8 is out of range"),
+    ],
+)
+def test_settings_out_of_range_are_named(make, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -3,14 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tangentlab.errors import ConfigError, unknown_choice
+from tangentlab.randomness import drawn
 
 _PADDINGS = {"zero": "constant", "reflect": "reflect"}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the pixels of an augmented batch lie on the padded images, the canvases.
+
+    Args:
+        rows, columns: [n, h] and [n, w], of each pixel row and column of the batch; None where nothing moves.
+        margin: pixels of padding on each side.
+    """
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    margin: int = 0
+
+    def canvas(self, x: Tensor) -> torch.Size:
+        """The shape of one canvas for a batch x [n, ...]."""
+        if self.rows is None:
+            return x.shape[1:]
+        channels, height, width = x.shape[1:]
+        return torch.Size((channels, height + 2 * self.margin, width + 2 * self.margin))
+
+    def take(self, canvas: Tensor) -> Tensor:
+        """The batch's pixels of the canvases [n, ...]."""
+        return canvas if self.rows is None else canvas[self._at(canvas)]
+
+    def put(self, canvas: Tensor, values: Tensor) -> None:
+        """Write the batch's pixels into the canvases; the others stay."""
+        canvas[self._at(canvas) if self.rows is not None else ...] = values
+
+    def _at(self, canvas: Tensor) -> tuple[Tensor, ...]:
+        assert self.rows is not None
+        assert self.columns is not None
+        # One gather does crop and flip: out[i, c, r, s] = canvas[i, c, rows[i, r], columns[i, s]]
+        example = torch.arange(len(canvas), device=canvas.device)[:, None, None, None]
+        channel = torch.arange(canvas.shape[1], device=canvas.device)[:, None, None]
+        return example, channel, self.rows[:, None, :, None], self.columns[:, None, None, :]
 
 
 @dataclass(frozen=True)
@@ -50,11 +89,23 @@ class Augmentation:
         Raises:
             ConfigError: ``x`` is no batch of images, or too small for the reflection.
         """
-        if self.crop == 0 and not self.flip:
+        placement = self.place(x, generator=generator)
+        if placement.rows is None:
             return x
+        padded = F.pad(x, (self.crop,) * 4, mode=_PADDINGS[self.padding]) if self.crop else x
+        return placement.take(padded)
+
+    def place(self, x: Tensor, *, generator: torch.Generator) -> Placement:
+        """Where the same call would find the pixels of x, of which the shape alone matters.
+
+        Raises:
+            ConfigError: as the call does.
+        """
+        if self.crop == 0 and not self.flip:
+            return Placement()
         if x.ndim != 4:
             raise ConfigError(f"x of shape {list(x.shape)} cannot be augmented; expected [n, ch, h, w]")
-        n, channels, height, width = x.shape
+        n, _, height, width = x.shape
         if self.padding == "reflect" and self.crop >= min(height, width):
             raise ConfigError(
                 f"crop={self.crop} cannot be reflected in images of {height}×{width}; "
@@ -63,18 +114,13 @@ class Augmentation:
 
         def draw(high: int) -> Tensor:
             """Integers in 0..high-1, one an example: [n, 1]."""
-            return torch.randint(high, (n, 1), generator=generator, device=generator.device).to(x.device)
+            return drawn(partial(torch.randint, high), (n, 1), generator).to(x.device)
 
         rows = torch.arange(height, device=x.device).expand(n, height)
         columns = torch.arange(width, device=x.device).expand(n, width)
-        padded = x
         if self.crop:
-            padded = F.pad(x, (self.crop,) * 4, mode=_PADDINGS[self.padding])
             rows = rows + draw(2 * self.crop + 1)
             columns = columns + draw(2 * self.crop + 1)
         if self.flip:
             columns = torch.where(draw(2).bool(), columns.flip(1), columns)
-        # One gather does crop and flip: out[i, c, r, s] = padded[i, c, rows[i, r], columns[i, s]]
-        example = torch.arange(n, device=x.device)[:, None, None, None]
-        channel = torch.arange(channels, device=x.device)[:, None, None]
-        return padded[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
+        return Placement(rows, columns, self.crop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tangentlab.data.augment import Augmentation
+from tangentlab.data.augment import Augmentation, Placement
 from tangentlab.data.dataset import Split
 from tangentlab.errors import ConfigError
 from tangentlab.randomness import generator
@@ -15,12 +15,11 @@ class Batches:
     """Shuffled, augmented batches of ``split``, whose images live on ``device`` as bytes, once.
 
     Each epoch is a new order of all examples; the last incomplete batch is dropped. Process ``rank`` of
-    ``world_size`` takes its contiguous part of each batch, so the parts together are the batch of a single
-    process (its augmentation differs).
+    ``world_size`` takes its contiguous part of each batch: together they are the batch of a single process.
 
     Args:
         batch_size: examples a step over all processes.
-        seed: of the streams "order" (epoch) and "augment" (step, rank).
+        seed: of the streams "order" (epoch) and "augment" (step).
 
     Raises:
         ConfigError: the batch does not fit the split or does not divide by ``world_size``, or ``rank`` is
@@ -67,9 +66,15 @@ class Batches:
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self._batch_size + self._rank * self._share
         index = self._permutation(epoch)[start : start + self._share]
-        random = generator(self._seed, "augment", step, self._rank)
-        x = self._augmentation(self._split.x(index), generator=random)
+        x = self._augmentation(self._split.x(index), generator=self._random(step))
         return x, self._split.labels[index], index
+
+    def placement(self, step: int, x: Tensor) -> Placement:
+        """Where the pixels of that step's ``x`` lie on the padded images."""
+        return self._augmentation.place(x, generator=self._random(step))
+
+    def _random(self, step: int) -> torch.Generator:
+        return generator(self._seed, "augment", step, part=(self._rank, self._batch_size // self._share))
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tangentlab import data, randomness
+from tangentlab import data, modes, randomness
 from tangentlab.attacks import FGSM, PGD, Attack
 from tangentlab.errors import ConfigError, ModelError, TangentlabError, first_line
 from tangentlab.models import Normalize, check_output, model_class
 from tangentlab.probes import KernelProbe
 from tangentlab.runs.config import RunConfig
-from tangentlab.runs.parsing import FROM_DATA
-from tangentlab.training import SCHEDULES, TrainingState
+from tangentlab.runs.parsing import FROM_DATA, build_method
+from tangentlab.training import SCHEDULES, Method, TrainingState
+from tangentlab.training.schedules import piecewise
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,12 @@ def build_model(
     if config.data.normalize:
         pixels = examples.train.x().transpose(0, 1).flatten(1)
         model = nn.Sequential(Normalize(pixels.mean(dim=1), pixels.std(dim=1)), model)
+    if config.training.batchnorm_momentum is not None:
+        for module in modes.batchnorm_modules(model):
+            module.momentum = config.training.batchnorm_momentum
     model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     check_output(model, examples.train.x(slice(0, 2), device), examples.dataset.num_classes)
     return model
 
@@ -91,15 +99,53 @@ def build_state(config: RunConfig, model: nn.Module) -> TrainingState:
         lr=config.training.learning_rate,
         momentum=config.training.momentum,
         weight_decay=config.training.weight_decay,
+        fused=trainable[0].is_cuda or None,
     )
+    averaged = None
+    if config.training.ema_decay is not None:
+        average = get_ema_multi_avg_fn(config.training.ema_decay)
+        averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     loss_sum = torch.zeros((), dtype=torch.float64, device=trainable[0].device)
-    return TrainingState(model=model, optimizer=optimizer, loss_sum=loss_sum)
+    return TrainingState(model=model, optimizer=optimizer, loss_sum=loss_sum, averaged=averaged)
 
 
 def learning_rate(config: RunConfig, steps: int) -> Callable[[int], float]:
     """step -> learning rate of that update."""
-    schedule = SCHEDULES[config.training.schedule]
+    schedule = _schedule(config, config.training.schedule)
     return lambda step: config.training.learning_rate * schedule(step / steps)
+
+
+def _schedule(config: RunConfig, name: str) -> Callable[[float], float]:
+    if name == "piecewise":
+        return partial(piecewise, milestones=config.training.milestones)
+    return SCHEDULES[name]
+
+
+def method_schedule(config: RunConfig, steps: int) -> Callable[[int], Method]:
+    """step -> the method with that step's eps and step_size.
+
+    Raises:
+        ConfigError: eps has a schedule and the method no eps.
+    """
+    method = build_method(config)
+    if config.training.eps_schedule == "constant":
+        return lambda _: method
+    if not hasattr(method, "eps"):
+        raise ConfigError(
+            f"training.eps_schedule={config.training.eps_schedule!r}, but method "
+            f"{config.method['name']!r} has no eps"
+        )
+    schedule = _schedule(config, config.training.eps_schedule)
+
+    def at(step: int) -> Method:
+        factor = max(schedule(step / steps), 1e-3)
+        sizes = {name: getattr(method, name, None) for name in ("eps", "step_size")}
+        changed: Method = replace(
+            method, **{name: factor * size for name, size in sizes.items() if size is not None}
+        )
+        return changed
+
+    return at
 
 
 def build_attack(config: RunConfig, *, num_steps: int, num_restarts: int = 1) -> PGD:

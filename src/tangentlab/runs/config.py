@@ -65,7 +65,12 @@ class TrainingConfig:
         learning_rate: the schedule's peak.
         momentum: in [0, 1).
         weight_decay: added to the gradient times the weights.
-        schedule: constant, piecewise or cyclic.
+        schedule: of the learning rate: constant, piecewise, cyclic, cosine, one_cycle or linear.
+        milestones: shares of the training at which the piecewise schedule divides by 10.
+        eps_schedule: of the method's eps and step_size, likewise; a thousandth of them at least.
+        ema_decay: of an exponential moving average of the weights and buffers, which is then what is
+            evaluated and kept as best; none for no average.
+        batchnorm_momentum: of BatchNorm's buffers; none for what the model has.
     """
 
     epochs: int = 15
@@ -74,6 +79,10 @@ class TrainingConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: str = "piecewise"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    eps_schedule: str = "constant"
+    ema_decay: float | None = None
+    batchnorm_momentum: float | None = None
 
     def __post_init__(self) -> None:
         _at_least("training.epochs", self.epochs, 1)
@@ -84,8 +93,15 @@ class TrainingConfig:
             raise ConfigError(f"training.momentum={self.momentum} is out of range [0, 1)")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"training.weight_decay={self.weight_decay} is out of range; at least 0")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(unknown_choice("training.schedule", self.schedule, SCHEDULES))
+        for name in ("schedule", "eps_schedule"):
+            if getattr(self, name) not in SCHEDULES:
+                raise ConfigError(unknown_choice(f"training.{name}", getattr(self, name), SCHEDULES))
+        if not all(0 < share < 1 for share in self.milestones):
+            raise ConfigError(f"training.milestones={list(self.milestones)} is out of range (0, 1)")
+        for name in ("ema_decay", "batchnorm_momentum"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ConfigError(f"training.{name}={value} is out of range (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -147,12 +163,13 @@ class RunConfig:
             A method's own eps is this one unless it says otherwise, its step_size a quarter of its eps.
         data: the data set.
         model: {"name": ..., settings}; the name is small_cnn, mlp, preactresnet18 or package.module:Class.
-        method: {"name": ..., settings}; the name is standard, fgsm or pgd.
+        method: {"name": ..., settings}; the name is one of tangentlab.training.METHODS.
         training: the optimizer.
         evaluation: what is evaluated and how often.
         probe: the kernel probe.
         device: auto (cuda where there is one, else cpu), cpu or cuda.
         precision: fp32, or bf16 for training steps in mixed precision; evaluation and kernels are fp32.
+        channels_last: lay images and convolutions out with the channels last; rounding depends on it.
         processes: data-parallel processes; each takes its share of the batch.
         threads: CPU threads of each process; none for PyTorch's own choice. Rounding depends on it.
     """
@@ -168,6 +185,7 @@ class RunConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
     processes: int = 1
     threads: int | None = None
 

@@ -92,7 +92,7 @@ class Evaluation:
                 "robust_accuracy": build_attack(self.config, num_steps=self.config.evaluation.num_steps),
             }
             values = {
-                name: count_correct(state.model, self.split, attack, seed=self.config.seed, device=device)
+                name: count_correct(state.evaluated, self.split, attack, seed=self.config.seed, device=device)
                 / len(self.split)
                 for name, attack in attacks.items()
             }
@@ -136,7 +136,7 @@ class Probing:
 
 @dataclass
 class Recording:
-    """Writes the loss (of this process's share), the cost and the seconds, at the end of each epoch."""
+    """Writes the loss, the cost and the seconds, at the end of each epoch."""
 
     log: Log
 
@@ -172,12 +172,10 @@ class Checkpointing:
     def __call__(self, state: TrainingState) -> None:
         if state.step == 0:
             return
-        stop = self.interruption.asked
-        due = time.monotonic() - self.saved > CHECKPOINT_SECONDS
-        if state.step % self.log.steps_per_epoch == 0 or state.step == self.steps or due or stop:
+        due = time.monotonic() - self.saved > CHECKPOINT_SECONDS or self.interruption.asked
+        if state.step % self.log.steps_per_epoch == 0 or state.step == self.steps or due:
             self.save(state)
-        if stop and state.step < self.steps:
-            raise InterruptedRunError(f"interrupted at step {state.step} of {self.steps}")
+        self.interruption.stop(state.step, self.steps)
 
     def save(self, state: TrainingState) -> None:
         """Replace the last checkpoint, unless the state is not finite."""
@@ -205,12 +203,30 @@ class Showing:
         self.display.show(state, self.log.newest)
 
 
+@dataclass
+class Stopping:
+    """Stops where it is asked to: of several processes, those that save nothing."""
+
+    interruption: Interruption
+    steps: int
+
+    def __call__(self, state: TrainingState) -> None:
+        if state.step:
+            self.interruption.stop(state.step, self.steps)
+
+
 class Interruption:
     """Ctrl-C asks for a stop at the next step boundary; a second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
         self.at_once = False
+        self._heard = False  # by this process; another may have asked
+
+    def stop(self, step: int, steps: int) -> None:
+        """Raise InterruptedRunError where a stop was asked for and something is left to do."""
+        if self.asked and step < steps:
+            raise InterruptedRunError(f"interrupted at step {step} of {steps}")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -220,9 +236,9 @@ class Interruption:
             return
 
         def ask(number: int, _: object) -> None:
-            if self.asked or self.at_once:
+            if self._heard or self.at_once:
                 raise KeyboardInterrupt
-            self.asked = True
+            self._heard = self.asked = True
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

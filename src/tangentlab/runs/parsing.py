@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -125,10 +125,12 @@ def config_parser(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()
                 default=getattr(defaults, entry.name),
                 help=described[entry.name],
             )
-    settings = {entry.name for entry in fields(METHODS[method_name])}  # type: ignore[arg-type]
-    if "eps" in settings:
+    # What a method leaves open follows from the threat model.
+    chosen_fields = fields(METHODS[method_name])  # type: ignore[arg-type]
+    open_settings = {entry.name for entry in chosen_fields if entry.default is MISSING}
+    if "eps" in open_settings:
         parser.set_defaults({"method.eps": eps})
-    if "step_size" in settings:
+    if "step_size" in open_settings:
         own = values.get("method", {}).get("eps", eps)
         # What is no number is refused when the values are parsed.
         parser.set_defaults({"method.step_size": own / 4 if isinstance(own, int | float) else 0.0})

@@ -10,11 +10,12 @@ import shlex
 from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tangentlab.data import Batches
 from tangentlab.errors import (
@@ -34,6 +35,7 @@ from tangentlab.runs.build import (
     build_state,
     every_steps,
     learning_rate,
+    method_schedule,
     resolve_device,
 )
 from tangentlab.runs.config import RunConfig
@@ -47,10 +49,11 @@ from tangentlab.runs.hooks import (
     Probing,
     Recording,
     Showing,
+    Stopping,
     progress,
 )
 from tangentlab.runs.parsing import build_method, resolve
-from tangentlab.training import Step, StepHook, TrainingState, load_checkpoint
+from tangentlab.training import Batch, Step, StepHook, TrainingState, load_checkpoint
 from tangentlab.training import train as train_loop
 
 LONG_SECONDS = 60.0  # a run from which on the silence of the final evaluation would puzzle
@@ -123,8 +126,14 @@ def _rehearse(config: RunConfig, allow_import: Iterable[str]) -> Examples:
     examples = build_data(config)
     model = build_model(config, examples, torch.device("cpu"), allow_import=allow_import)
     build_state(config, model)
+    if config.processes > 1 and build_method(config).remembers:
+        raise ConfigError(
+            f"method {config.method['name']!r} keeps perturbations from step to step, "
+            f"which processes={config.processes} do not share; use processes=1"
+        )
     _batches(config, examples, torch.device("cpu"), 0, config.processes).batch(0)
     build_probe(config, examples)
+    method_schedule(config, 1)
     return examples
 
 
@@ -140,6 +149,33 @@ def _batches(
         rank=rank,
         world_size=world_size,
     )
+
+
+def _batch(batches: Batches, step: int, total: int) -> Batch:
+    x, y, index = batches.batch(step)
+    epoch = step // batches.steps_per_epoch
+    return Batch(x, y, index, total, epoch, view=lambda: batches.placement(step, x))
+
+
+def _alone(loss: Tensor, _: nn.Module) -> Tensor:
+    return loss
+
+
+def _agree(fabric: Any, interruption: Interruption, loss: Tensor, model: nn.Module) -> Tensor:
+    """The mean of the processes' losses; their floating-point buffers become equal, their mean too.
+
+    A stop that one of them was asked for is one for all.
+    """
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    asked = loss.new_full((1,), float(interruption.asked), dtype=torch.float64)
+    flat = torch.cat([loss.double().reshape(1), asked, *(buffer.double().flatten() for buffer in buffers)])
+    mean = fabric.all_reduce(flat, reduce_op="mean")
+    interruption.asked = bool(mean[1] > 0)
+    with torch.no_grad():
+        for buffer, values in zip(buffers, mean[2:].split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+    first: Tensor = mean[0]
+    return first
 
 
 def _is_to_be_first() -> bool:
@@ -166,14 +202,15 @@ def _train(
 ) -> None:
     model = build_model(config, examples, fabric.device, allow_import=allow_import)
     state = build_state(config, model)
-    method = build_method(config)
     batches = _batches(config, examples, fabric.device, fabric.global_rank, fabric.world_size)
-    steps = config.training.epochs * batches.steps_per_epoch
+    replays = build_method(config).replays
+    per_epoch = batches.steps_per_epoch * replays
+    steps = config.training.epochs * per_epoch
     interruption = Interruption()
-    hooks: list[StepHook] = []
+    hooks: list[StepHook] = [Stopping(interruption, steps)]
     checkpointing = None
     if run is not None:
-        checkpointing, hooks = _hooks(config, examples, run, batches, steps, interruption, display)
+        checkpointing, hooks = _hooks(config, examples, run, per_epoch, steps, interruption, display)
     if resume:
         _resume(folder, state, checkpointing)
     wrapped, _ = fabric.setup(model, state.optimizer)
@@ -181,13 +218,18 @@ def _train(
         with interruption.listening():
             train_loop(
                 state,
-                method=method,
-                batch=lambda step: batches.batch(step)[:2],
+                method=method_schedule(config, steps),
+                batch=lambda step: _batch(batches, step // replays, len(examples.train)),
                 learning_rate=learning_rate(config, steps),
                 steps=steps,
                 seed=config.seed,
-                make=Step(trained=wrapped, autocast=fabric.autocast, backward=fabric.backward),
-                rank=fabric.global_rank,
+                make=Step(
+                    trained=wrapped,
+                    autocast=fabric.autocast,
+                    backward=fabric.backward,
+                    agree=partial(_agree, fabric, interruption) if fabric.world_size > 1 else _alone,
+                ),
+                part=(fabric.global_rank, fabric.world_size),
                 hooks=hooks if fabric.world_size == 1 else [*hooks, lambda _: fabric.barrier()],
             )
             if run is not None and checkpointing is not None:
@@ -206,12 +248,11 @@ def _hooks(
     config: RunConfig,
     examples: Examples,
     run: Run,
-    batches: Batches,
+    per_epoch: int,
     steps: int,
     interruption: Interruption,
     display: Display | None,
 ) -> tuple[Checkpointing, list[StepHook]]:
-    per_epoch = batches.steps_per_epoch
     log = Log(run, per_epoch)
     evaluation = Evaluation(
         config, examples.validation, log, every_steps(config.evaluation.every, per_epoch), steps
@@ -322,6 +363,7 @@ def _fabric(config: RunConfig) -> Any:
         accelerator=device.type,
         devices=config.processes,
         # The others wait for the first process's evaluations and probes, however long those take.
-        strategy=DDPStrategy(timeout=timedelta(days=1)) if several else "auto",
+        # Buffers agree once a step: broadcast at each forward, they would change under a loss of two.
+        strategy=DDPStrategy(timeout=timedelta(days=1), broadcast_buffers=False) if several else "auto",
         precision={"fp32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
     )

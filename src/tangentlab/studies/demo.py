@@ -19,7 +19,10 @@ METHODS = ("standard", "fgsm", "pgd")
 
 def demo_config(method: str, seed: int = 0) -> RunConfig:
     """The shipped digits configuration with one of :data:`METHODS`; all else is equal."""
-    return load_config("digits", ["--method", method, "--name", method, "--seed", str(seed)])
+    overrides = ["--method", method, "--name", method, "--seed", str(seed)]
+    if method != "standard":
+        overrides += ["--method.buffer_updates", "[loss]"]
+    return load_config("digits", overrides)
 
 
 def run_demo(

@@ -1,27 +1,55 @@
 """Training: methods, schedules, the loop, and what a checkpoint holds."""
 
+from tangentlab.training.atta import ATTATraining
 from tangentlab.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
 from tangentlab.training.fgsm import FGSMTraining
+from tangentlab.training.fgsm_pgi import FGSMPGITraining
+from tangentlab.training.fgsm_rs import FGSMRSTraining
+from tangentlab.training.free import FreeTraining
+from tangentlab.training.grad_align import GradAlignTraining
 from tangentlab.training.loop import Step, StepHook, TrainingState, check_parameters, train
-from tangentlab.training.method import Method, Network
+from tangentlab.training.method import Adversarial, Batch, Memory, Method, Network
 from tangentlab.training.pgd import PGDTraining
 from tangentlab.training.schedules import SCHEDULES
 from tangentlab.training.standard import Standard
+from tangentlab.training.trades import TRADESTraining
+from tangentlab.training.zero_grad import ZeroGradTraining
 
-METHODS: dict[str, type[Method]] = {"standard": Standard, "fgsm": FGSMTraining, "pgd": PGDTraining}
+METHODS: dict[str, type[Method]] = {
+    "standard": Standard,
+    "pgd": PGDTraining,
+    "trades": TRADESTraining,
+    "fgsm": FGSMTraining,
+    "fgsm_rs": FGSMRSTraining,
+    "free": FreeTraining,
+    "grad_align": GradAlignTraining,
+    "zero_grad": ZeroGradTraining,
+    "fgsm_pgi": FGSMPGITraining,
+    "atta": ATTATraining,
+}
 """The methods by the name that a configuration calls them."""
 
 __all__ = [
     "METHODS",
     "SCHEDULES",
+    "ATTATraining",
+    "Adversarial",
+    "Batch",
+    "FGSMPGITraining",
+    "FGSMRSTraining",
     "FGSMTraining",
+    "FreeTraining",
+    "GradAlignTraining",
+    "Memory",
     "Method",
     "Network",
     "PGDTraining",
     "Standard",
     "Step",
     "StepHook",
+    "TRADESTraining",
     "TrainingState",
+    "ZeroGradTraining",
     "check_parameters",
     "load_checkpoint",
     "load_weights",

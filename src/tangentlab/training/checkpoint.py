@@ -1,7 +1,7 @@
 """What a checkpoint holds: weights, buffers, the optimizer's tensors, and where training stands.
 
 Plain tensors and JSON in one safetensors file, nothing that could execute code. Names: ``model/<name>``,
-``optimizer/<parameter index>/<name>``, ``loop/loss_sum``.
+``averaged/<name>``, ``optimizer/<parameter index>/<name>``, ``memory/<name>``, ``loop/loss_sum``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ def save_checkpoint(
 ) -> None:
     """Write the state atomically; ``extra`` (JSON-able) and ``tensors`` come back when it is loaded."""
     held = _weights(state.model)
+    if state.averaged is not None:
+        held |= _weights(state.averaged.module, "averaged/")
     held |= {f"extra/{name}": value for name, value in tensors.items()}
+    held |= {f"memory/{name}": value for name, value in state.memory.items()}
     scalars: dict[str, Any] = {}
     for index, entries in state.optimizer.state_dict()["state"].items():
         for name, value in entries.items():
@@ -46,8 +49,8 @@ def save_checkpoint(
 
 
 def save_weights(path: Path, state: TrainingState, extra: Mapping[str, Any]) -> None:
-    """Write weights and buffers alone, atomically, with the step and the JSON-able ``extra``."""
-    held = _weights(state.model)
+    """Write the judged network's weights and buffers alone, atomically, with the step and ``extra``."""
+    held = _weights(state.evaluated)
     write_tensors(path, held, {"step": state.step, "extra": dict(extra)})
 
 
@@ -59,6 +62,14 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[dict[str, Any], d
     """
     tensors, metadata = read_tensors(path)
     _load_weights(path, tensors, state.model)
+    if state.averaged is not None:
+        _load_weights(path, tensors, state.averaged.module, "averaged/")
+        state.averaged.n_averaged.fill_(metadata.get("step", 0))
+    device = state.loss_sum.device
+    # Counters are looked at in every step: they stay on the CPU.
+    state.memory = {
+        key: value.to(device) if value.dim() else value for key, value in _under(tensors, "memory/").items()
+    }
     try:
         entries: dict[int, dict[str, Any]] = {}
         for key, value in tensors.items():
@@ -79,36 +90,40 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[dict[str, Any], d
         extra: dict[str, Any] = metadata["extra"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold a training state: {error!r}") from error
-    prefix = "extra/"
-    return extra, {
-        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-    }
+    return extra, _under(tensors, "extra/")
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Put the saved weights and buffers into ``model``; returns the checkpoint's {"step", "extra"}.
+    """Put the saved weights and buffers, averaged where they are, into ``model``; returns {"step", "extra"}.
 
     Raises:
         CheckpointError: unreadable, or of another model.
     """
     tensors, metadata = read_tensors(path)
-    _load_weights(path, tensors, model)
+    averaged = any(key.startswith("averaged/") for key in tensors)
+    _load_weights(path, tensors, model, "averaged/" if averaged else "model/")
     return {"step": metadata.get("step"), "extra": metadata.get("extra", {})}
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under "model/"; raises ModelError for what is no tensor, which nothing safe can hold."""
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _weights(model: nn.Module, prefix: str = "model/") -> dict[str, Tensor]:
+    """The state dict under the prefix; raises ModelError for what is no tensor: nothing safe can hold it."""
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelError(
                 f"the model's state {name!r} is a {type(value).__name__}; checkpoints hold tensors"
             )
-    return {f"model/{name}": value for name, value in state.items()}
+    return {f"{prefix}{name}": value for name, value in state.items()}
 
 
-def _load_weights(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    saved = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
+def _load_weights(
+    path: Path, tensors: Mapping[str, Tensor], model: nn.Module, prefix: str = "model/"
+) -> None:
+    saved = _under(tensors, prefix)
     own = model.state_dict()
     differences = [f"{name} is missing" for name in own if name not in saved]
     differences += [f"{name} is not in the model" for name in saved if name not in own]

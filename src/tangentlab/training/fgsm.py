@@ -8,18 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tangentlab.attacks import FGSM, Passes
-from tangentlab.training.method import UPDATE, Network, adversarial_loss
+from tangentlab.training.method import Adversarial, Batch, Memory
 
 
 @dataclass(frozen=True)
-class FGSMTraining:
-    """L(θ) = mean CE(f(x + eps·sign ∇ₓCE), y), every example attacked, no clean term.
+class FGSMTraining(Adversarial):
+    """L(θ) = mean CE(f(x + eps·sign ∇ₓCE), y), every example attacked.
 
-    Crafting normalizes with the batch's statistics and leaves BatchNorm's buffers alone; they are updated
-    once a step, by the crafted batch.
+    BatchNorm as Andriushchenko & Flammarion (2020) have it: training mode, both forwards update the buffers.
 
     Args:
         eps: radius of the linf ball, in units of inputs in [0, 1].
@@ -33,13 +32,14 @@ class FGSMTraining:
         return FGSM(eps=self.eps)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.attack
 
     @property
-    def passes(self) -> Passes:
-        """The attack's passes and the update's."""
-        return self.attack.passes.plus(UPDATE)
+    def crafting_passes(self) -> Passes:
+        """One forward and one input backward."""
+        return self.attack.passes
 
-    def loss(self, network: Network, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Mean cross-entropy on the crafted batch."""
-        return adversarial_loss(self.attack, network, x, y, generator=generator)
+    def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
+        """The attack's step."""
+        return self.attack(model, batch.x, batch.y, generator=generator)

@@ -15,11 +15,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from tangentlab import randomness
 from tangentlab.attacks import Passes
 from tangentlab.errors import DivergedError
-from tangentlab.training.method import Method, Network
+from tangentlab.training.method import Batch, Memory, Method, Network
 
 
 @dataclass
@@ -34,6 +35,8 @@ class TrainingState:
         summed_learning_rate: Σ of the learning rates of the steps so far.
         loss_sum: Σ of the batch losses since the caller last reset it, on the device; with ``loss_count``.
         seconds: wall seconds by purpose ("train", "probe", "evaluation").
+        memory: what the method keeps.
+        averaged: the exponential moving average of the weights and buffers, where one is kept.
     """
 
     model: nn.Module
@@ -44,6 +47,13 @@ class TrainingState:
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     loss_count: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "probe": 0.0, "evaluation": 0.0})
+    memory: Memory = field(default_factory=dict)
+    averaged: AveragedModel | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is judged: the averaged one where there is one."""
+        return self.model if self.averaged is None else self.averaged.module
 
     @property
     def learning_rate(self) -> float:
@@ -65,34 +75,37 @@ class Step:
         trained: the module that the loss goes through: the bare one, or a wrapper around it.
         autocast: the precision's context.
         backward: from the loss to the gradients.
+        agree: after the update, averages the batch's loss and the buffers over the processes.
     """
 
     trained: nn.Module
     autocast: Callable[[], AbstractContextManager[object]]
     backward: Callable[[Tensor], object]
+    agree: Callable[[Tensor, nn.Module], Tensor] = lambda loss, _: loss
 
 
 def train(
     state: TrainingState,
     *,
-    method: Method,
-    batch: Callable[[int], tuple[Tensor, Tensor]],
+    method: Callable[[int], Method],
+    batch: Callable[[int], Batch],
     learning_rate: Callable[[int], float],
     steps: int,
     seed: int,
     make: Step,
-    rank: int = 0,
+    part: tuple[int, int] = (0, 1),
     hooks: Sequence[StepHook] = (),
 ) -> None:
     """Train until ``state.step == steps``.
 
     Args:
         state: where training stands; changed in place.
-        method: turns a batch into the loss.
-        batch: step -> (x [n, ...] in [0, 1], y [n]).
+        method: step -> what turns the batch into the loss.
+        batch: step -> the batch.
         learning_rate: step -> learning rate of that update.
         steps: optimizer updates in all.
-        seed, rank: the method's draws come from the stream (seed, "method", step, rank).
+        seed: the method's draws come from the stream (seed, "method", step).
+        part: (rank, world_size): this process holds that part of each batch.
         make: how an update is made.
         hooks: called in order after every step, and before the first where training begins.
 
@@ -105,24 +118,28 @@ def train(
         _call(hooks, state)
     while state.step < steps:
         started = time.perf_counter()
-        x, y = batch(state.step)
+        drawn, current = batch(state.step), method(state.step)
         rate = learning_rate(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        draws = randomness.generator(seed, "method", state.step, rank, device=device)
+        draws = randomness.generator(seed, "method", state.step, device=device, part=part)
         state.model.train()
         state.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), make.autocast():
             # Dropout and its like draw from the global generator: theirs is a stream too.
-            torch.manual_seed(randomness.derive_seed(seed, "layers", state.step, rank))
-            loss = method.loss(network, x, y, generator=draws)
+            torch.manual_seed(randomness.derive_seed(seed, "layers", state.step, part[0]))
+            loss = current.loss(network, drawn, memory=state.memory, generator=draws)
         make.backward(loss)
         state.optimizer.step()
-        state.loss_sum += loss.detach()
+        with make.autocast():
+            current.finish(network, drawn)
+        state.loss_sum += make.agree(loss.detach(), state.model)
+        if state.averaged is not None:
+            state.averaged.update_parameters(state.model)
         state.step += 1
         state.loss_count += 1
         state.summed_learning_rate += rate
-        state.passes = state.passes.plus(method.passes)
+        state.passes = state.passes.plus(current.passes)
         # On the CPU the look is free; elsewhere it would wait for the device at every step, and the callers
         # of check_finite, before anything is saved, do it.
         if device.type == "cpu":

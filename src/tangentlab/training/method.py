@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tangentlab.attacks import Attack, Passes
+from tangentlab import modes
+from tangentlab.attacks import Passes
+from tangentlab.errors import ConfigError, unknown_choice
+
+Memory = dict[str, Tensor]
+"""What a method keeps from step to step, by name; a checkpoint holds it."""
+
+FORWARDS = ("crafting", "loss", "clean")
+"""The forwards of a step that may update BatchNorm's buffers."""
 
 
 class Network(NamedTuple):
@@ -16,19 +27,59 @@ class Network(NamedTuple):
 
     Args:
         bare: the module itself, for crafting: no data-parallel wrapper, no hooks.
-        trained: what the loss goes through; under data-parallel training the wrapper around ``bare``.
+        trained: what the loss goes through; under data-parallel training the wrapper around ``bare``. It is
+            called once a step: a wrapper that synchronises buffers at every forward would change what the
+            first forward saved for its backward. Further terms go through ``bare``, whose gradients the
+            wrapper reduces all the same.
     """
 
     bare: nn.Module
     trained: nn.Module
 
 
+class View(Protocol):
+    """Where in their stored canvases the augmentation found the batch's pixels."""
+
+    def canvas(self, x: Tensor) -> torch.Size:
+        """The shape [...] of one example's canvas for a batch x [n, ...]."""
+        ...
+
+    def take(self, canvas: Tensor) -> Tensor:
+        """The batch's part of the canvases [n, ...]."""
+        ...
+
+    def put(self, canvas: Tensor, values: Tensor) -> None:
+        """Write the batch's part back."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A training batch.
+
+    Args:
+        x: [n, ...] in [0, 1], augmented.
+        y: [n], the labels.
+        index: [n], positions in the training set, of ``total`` examples; empty where they are unknown.
+        total: examples of the training set.
+        epoch: counted from 0.
+        view: makes the batch's :class:`View`; None where nothing augments.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    total: int = 0
+    epoch: int = 0
+    view: Callable[[], View] | None = None
+
+
 @runtime_checkable
 class Method(Protocol):
-    """Settings are frozen fields; no state lives here.
+    """Settings are frozen fields; what lasts from step to step lies in the step's ``memory``.
 
     The network comes in training mode. What a method's crafting and its loss do to BatchNorm's buffers is
-    part of the method, and its docstring says it.
+    part of the method, and its settings say it.
     """
 
     @property
@@ -36,8 +87,22 @@ class Method(Protocol):
         """Passes per example and step, the update's own included."""
         ...
 
-    def loss(self, network: Network, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
-        """The scalar loss of the batch x [n, ...] in [0, 1], y [n]; random draws from ``generator`` alone."""
+    @property
+    def replays(self) -> int:
+        """Steps in a row that take the same batch."""
+        ...
+
+    @property
+    def remembers(self) -> bool:
+        """Whether anything is kept in ``memory``."""
+        ...
+
+    def loss(self, network: Network, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
+        """The scalar loss of the batch; random draws from ``generator`` alone."""
+        ...
+
+    def finish(self, network: Network, batch: Batch) -> None:
+        """What follows the update of the step."""
         ...
 
 
@@ -45,9 +110,153 @@ UPDATE = Passes(forwards=1, full_backwards=1)
 """The passes of one plain step: a forward and a full backward."""
 
 
-def adversarial_loss(
-    attack: Attack, network: Network, x: Tensor, y: Tensor, *, generator: torch.Generator
+@dataclass(frozen=True, kw_only=True)
+class Adversarial:
+    """What adversarial methods share: L(θ) = (1 − w) CE(f(x*), y) + w CE(f(x), y), x* the crafted batch.
+
+    Args:
+        label_smoothing: s in [0, 1): the loss's targets are (1 − s) one-hot + s/C.
+        clean_weight: w in [0, 1); above 0 each step takes a second forward and backward, of the clean batch.
+        crafting_statistics: what BatchNorm normalizes with while crafting, batch or running.
+        buffer_updates: the forwards that update BatchNorm's buffers: crafting (each of the attack's), loss,
+            and clean, an extra forward of the clean batch without a gradient: at the end of the step, after
+            the update, or at its beginning if it is named before another.
+    """
+
+    label_smoothing: float = 0.0
+    clean_weight: float = 0.0
+    crafting_statistics: str = "batch"
+    buffer_updates: tuple[str, ...] = ("crafting", "loss")
+
+    @property
+    def replays(self) -> int:
+        """One step a batch."""
+        return 1
+
+    @property
+    def remembers(self) -> bool:
+        """Nothing is kept."""
+        return False
+
+    def __post_init__(self) -> None:
+        check_share("label_smoothing", self.label_smoothing)
+        check_share("clean_weight", self.clean_weight)
+        if self.crafting_statistics not in modes.STATISTICS:
+            raise ConfigError(
+                unknown_choice("crafting_statistics", self.crafting_statistics, modes.STATISTICS)
+            )
+        for name in self.buffer_updates:
+            if name not in FORWARDS:
+                raise ConfigError(unknown_choice("buffer_updates", name, FORWARDS))
+        if len(set(self.buffer_updates)) < len(self.buffer_updates):
+            raise ConfigError(f"buffer_updates={list(self.buffer_updates)} names a forward twice")
+        if self.crafting_statistics == "running" and "crafting" in self.buffer_updates:
+            raise ConfigError(
+                "buffer_updates names crafting, but crafting_statistics='running': "
+                "only batch statistics can update buffers"
+            )
+
+    @property
+    def crafting_passes(self) -> Passes:
+        """Passes per example before the loss."""
+        raise NotImplementedError
+
+    @property
+    def passes(self) -> Passes:
+        """Those of crafting, of the loss and its update, and of a clean forward where there is one."""
+        total = self.crafting_passes.plus(UPDATE)
+        if self.clean_weight:
+            total = total.plus(UPDATE)
+        return total.plus(Passes(forwards=1)) if "clean" in self.buffer_updates else total
+
+    def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
+        """The crafted batch [n, ...] in [0, 1]."""
+        raise NotImplementedError
+
+    def loss(self, network: Network, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
+        """The loss of the batch that is crafted from the bare network as it stands."""
+        self.begin(network, batch)
+        with self.crafting(network.bare):
+            x_adv = self.craft(network.bare, batch, memory=memory, generator=generator)
+        return self.objective(network, batch, self.logits(network, x_adv))
+
+    def logits(self, network: Network, x_adv: Tensor) -> Tensor:
+        """What the loss is taken of."""
+        with self.updating(network.bare, "loss"):
+            result: Tensor = network.trained(x_adv)
+        return result
+
+    def objective(self, network: Network, batch: Batch, logits: Tensor) -> Tensor:
+        """The mixed, smoothed cross-entropy."""
+        loss = self.cross_entropy(logits, batch.y)
+        if not self.clean_weight:
+            return loss
+        with self.updating(network.bare, "loss"):
+            clean = self.cross_entropy(network.bare(batch.x), batch.y)
+        return (1 - self.clean_weight) * loss + self.clean_weight * clean
+
+    def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Mean over the batch, smoothed."""
+        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+
+    @contextmanager
+    def crafting(self, model: nn.Module) -> Iterator[None]:
+        """BatchNorm as crafting has it."""
+        update = "crafting" in self.buffer_updates
+        with modes.batchnorm(model, statistics=self.crafting_statistics, update=update):
+            yield
+
+    @contextmanager
+    def updating(self, model: nn.Module, forward: str) -> Iterator[None]:
+        """Batch statistics; buffers move if ``forward`` is one of ``buffer_updates``."""
+        with modes.batchnorm(model, statistics="batch", update=forward in self.buffer_updates):
+            yield
+
+    def begin(self, network: Network, batch: Batch) -> None:
+        """What comes before crafting."""
+        if "clean" in self.buffer_updates[:-1]:
+            self._clean_forward(network, batch)
+
+    def finish(self, network: Network, batch: Batch) -> None:
+        """What follows the update."""
+        if self.buffer_updates[-1:] == ("clean",):
+            self._clean_forward(network, batch)
+
+    @torch.no_grad()
+    def _clean_forward(self, network: Network, batch: Batch) -> None:
+        with self.updating(network.bare, "clean"):
+            network.bare(batch.x)
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ConfigError unless value is in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name}={value} is out of range [0, 1)")
+
+
+def stored(
+    memory: Memory,
+    name: str,
+    batch: Batch,
+    shape: torch.Size,
+    start: Callable[[Tensor], object],
+    *,
+    epochs: int,
 ) -> Tensor:
-    """Mean cross-entropy on the batch that ``attack`` crafts from the bare network as it stands."""
-    x_adv = attack(network.bare, x, y, generator=generator)
-    return F.cross_entropy(network.trained(x_adv), y)
+    """The tensor [total, *shape] of that name, made and given to ``start``, and again every so many epochs.
+
+    Raises:
+        ConfigError: the batch does not say which examples it holds.
+    """
+    if len(batch.index) != len(batch.x):
+        raise ConfigError(
+            "the method stores something of each example; its batches need an index and a total"
+        )
+    period = batch.epoch // epochs
+    if name not in memory:
+        memory[name] = torch.empty(batch.total, *shape, device=batch.x.device)
+        memory[f"{name}/period"] = torch.tensor(-1)
+    if int(memory[f"{name}/period"]) != period:
+        start(memory[name])
+        memory[f"{name}/period"] = torch.tensor(period)
+    return memory[name]

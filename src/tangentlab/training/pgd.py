@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tangentlab.attacks import PGD, Passes
-from tangentlab.training.method import UPDATE, Network, adversarial_loss
+from tangentlab.training.method import Adversarial, Batch, Memory
 
 
 @dataclass(frozen=True)
-class PGDTraining:
+class PGDTraining(Adversarial):
     """L(θ) = mean CE(f(x*), y), x* the last of ``num_steps`` projected steps.
 
-    Crafting normalizes with the batch's statistics and leaves BatchNorm's buffers alone; they are updated
-    once a step, by the crafted batch.
+    BatchNorm as Rice et al. (2020, robust_overfitting) have it: training mode while crafting, every forward
+    updates the buffers.
 
     Args:
         eps: radius of the linf ball, in units of inputs in [0, 1].
@@ -36,13 +36,14 @@ class PGDTraining:
         return PGD(self.eps, self.step_size, self.num_steps, random_start=self.random_start)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.attack
 
     @property
-    def passes(self) -> Passes:
-        """The attack's passes and the update's: 11 forwards, 10 input backwards, 1 full one for PGD-10."""
-        return self.attack.passes.plus(UPDATE)
+    def crafting_passes(self) -> Passes:
+        """The attack's: a forward and an input backward a step."""
+        return self.attack.passes
 
-    def loss(self, network: Network, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Mean cross-entropy on the crafted batch."""
-        return adversarial_loss(self.attack, network, x, y, generator=generator)
+    def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
+        """The attack's last iterate."""
+        return self.attack(model, batch.x, batch.y, generator=generator)

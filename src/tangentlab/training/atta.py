@@ -1,0 +1,84 @@
+"""ATTA: stored perturbations are attacked further in the next epoch (Zheng et al. 2020, arXiv 1912.11969)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tangentlab.attacks import Passes
+from tangentlab.attacks.threat import check_eps, crafting, input_gradient, project
+from tangentlab.errors import ConfigError
+from tangentlab.training.method import Adversarial, Batch, Memory, stored
+
+# Standard deviation of the noise that a stored perturbation begins with.
+_START = 0.001
+
+
+@dataclass(frozen=True)
+class ATTATraining(Adversarial):
+    """L(θ) = mean CE(f(x*), y), x* the last of ``num_steps`` projected steps from x + δ, δ what the example's
+    last attack left (the authors' "MAT" loss).
+
+    δ lies on the example's canvas, before the augmentation: each crop and flip takes its part of it and
+    writes it back (section 4.2). It begins at 0.001·N(0, 1), and again every ``reset_epochs`` epochs.
+    BatchNorm as the authors' code has it: running statistics while crafting, the loss's forward updates the
+    buffers.
+
+    Args:
+        eps: radius of the linf ball, in units of inputs in [0, 1].
+        step_size: length of one step, same unit; none for the authors' eps/2 at one step, eps/4 at more.
+        num_steps: at least 1.
+        reset_epochs: at least 1.
+    """
+
+    eps: float
+    step_size: float | None = None
+    num_steps: int = 1
+    reset_epochs: int = 10
+
+    crafting_statistics: str = field(default="running", kw_only=True)
+    buffer_updates: tuple[str, ...] = field(default=("loss",), kw_only=True)
+
+    @property
+    def remembers(self) -> bool:
+        """The perturbations are kept."""
+        return True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_eps(self.eps)
+        if self.step_size is not None:
+            check_eps(self.step_size, "step_size")
+        for name in ("num_steps", "reset_epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is out of range; at least 1")
+
+    @property
+    def crafting_passes(self) -> Passes:
+        """A forward and an input backward a step."""
+        return Passes(forwards=self.num_steps, input_backwards=self.num_steps)
+
+    def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
+        """The last iterate; its perturbation is stored."""
+        step_size = self.step_size or self.eps / (2 if self.num_steps == 1 else 4)
+        view = batch.view() if batch.view is not None else None
+        shape = batch.x.shape[1:] if view is None else view.canvas(batch.x)
+
+        def start(delta: Tensor) -> None:
+            delta.normal_(0, _START, generator=generator)
+
+        deltas = stored(memory, "delta", batch, shape, start, epochs=self.reset_epochs)
+        canvas = deltas[batch.index]
+        with crafting(model, batch.x) as x:
+            x_adv = project(x + (canvas if view is None else view.take(canvas)), x, self.eps)
+            for _ in range(self.num_steps):
+                gradient = input_gradient(model, x_adv, batch.y)
+                x_adv = project(x_adv + step_size * gradient.sign(), x, self.eps)
+        if view is None:
+            canvas = x_adv - x
+        else:
+            view.put(canvas, x_adv - x)
+        deltas[batch.index] = canvas
+        return x_adv
