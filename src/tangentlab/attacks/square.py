@@ -207,12 +207,17 @@ def _window(x: Tensor, side: int, generator: torch.Generator) -> _Window:
     place = _uniform((len(x), 2), x, generator)
     offsets = []
     for axis, length in enumerate((height, width)):
-        corner = (place[:, axis] * (length - side + 1)).long().clamp_max(length - side)
+        corner = (place[:, axis] * _places(length, side)).long().clamp_max(length - side)
         offset = torch.arange(length, device=x.device)[None, :] - corner[:, None]
         offsets.append(offset.reshape(len(x), 1, *((length, 1) if axis == 0 else (1, length))))
     rows, columns = offsets
     inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
     return _Window(inside, (rows.clamp(0, side - 1), columns.clamp(0, side - 1)))
+
+
+def _places(length: int, side: int) -> int:
+    # The authors' code has one fewer and never reaches the last row and column; the paper does.
+    return length - side + 1
 
 
 def _on_sphere(delta: Tensor, x: Tensor, eps: float) -> Tensor:
