@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tangentlab import modes
-from tangentlab.attacks import APGD, FAB, FGSM, NFGSM, PGD, Attack, AutoAttack, Square
+from tangentlab.attacks import APGD, FAB, FGSM, NFGSM, PGD, Attack, AutoAttack, NaNGradientError, Square
 from tangentlab.attacks.threat import Passes, lengths, project, uniform_start
 from tangentlab.errors import ConfigError, ModelError
 from tangentlab.randomness import generator
@@ -286,7 +286,7 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("name", list(FIXED))
 def test_a_nan_gradient_is_counted(name: str) -> None:
-    with pytest.raises(ModelError, match="NaN for 2 of 5 examples"):
+    with pytest.raises(NaNGradientError, match="NaN for 2 of 5 examples"):
         FIXED[name](
             Broken(), torch.rand(5, 1, 6, 6), torch.zeros(5, dtype=torch.long), generator=generator(0, "n")
         )

@@ -10,7 +10,7 @@ from tangentlab.attacks.fgsm import FGSM
 from tangentlab.attacks.nfgsm import NFGSM
 from tangentlab.attacks.pgd import PGD
 from tangentlab.attacks.square import Square
-from tangentlab.attacks.threat import Attack, Passes
+from tangentlab.attacks.threat import Attack, NaNGradientError, Passes
 
 __all__ = [
     "APGD",
@@ -22,6 +22,7 @@ __all__ = [
     "AutoAttack",
     "Evaluation",
     "Flag",
+    "NaNGradientError",
     "Passes",
     "Square",
 ]

@@ -206,6 +206,10 @@ def check_logits(logits: Tensor, x: Tensor) -> Tensor:
     return logits
 
 
+class NaNGradientError(ModelError):
+    """The loss or its gradient at the input is NaN: in a training loop, a sign that it has diverged."""
+
+
 class NaNWatch:
     """Collects, without waiting for the device, which examples had a NaN; ``refuse`` waits once and raises.
 
@@ -222,9 +226,9 @@ class NaNWatch:
         return values
 
     def refuse(self) -> None:
-        """Raise ModelError if there was a NaN, with the number of examples."""
+        """Raise NaNGradientError if there was a NaN, with the number of examples."""
         if self._seen is not None and (count := int(self._seen.sum())):
-            raise ModelError(
+            raise NaNGradientError(
                 f"the loss or its gradient at the input is NaN for {count} of {len(self._seen)} examples; "
                 "look for NaN in inputs and parameters, and for overflow"
             )
