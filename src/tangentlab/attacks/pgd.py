@@ -1,6 +1,7 @@
-"""Projected gradient descent on the linf ball (Madry et al. 2018, section 2.1).
+"""Projected gradient descent on the linf or l2 ball (Madry et al. 2018, section 2.1).
 
-x_{k+1} = Π(x_k + step_size·sign ∇ₓL(x_k, y)), Π the projection on the ball and the box.
+x_{k+1} = Π(x_k + step_size·d(∇ₓL(x_k, y))), Π the projection on the ball and the box, d(g) = sign g in linf
+and g/‖g‖₂ in l2, example by example.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab.attacks.threat import (
+    NaNWatch,
     Passes,
+    ascent,
+    check_count,
     check_eps,
     check_generator,
+    check_norm,
     crafting,
     cross_entropies,
-    input_gradient,
+    per_example,
+    predicted,
     project,
+    steepest,
     uniform_start,
 )
 from tangentlab.errors import ConfigError
@@ -25,17 +32,21 @@ from tangentlab.errors import ConfigError
 
 @dataclass(frozen=True)
 class PGD:
-    """``num_steps`` signed steps with projection; the last iterate is returned.
+    """``num_steps`` steps of steepest ascent with projection; the last iterate is returned.
 
     With several restarts, of the last iterates the one with the largest loss is returned, example by
-    example.
+    example. The loss is the cross-entropy on the labels ``y``, or minus it if ``targeted``: ``y`` are then
+    the classes to reach. An example whose gradient is exactly 0 (a saturated softmax) stays where it is.
+    One step of 1.25·eps from a random start is FGSM-RS (Wong et al. 2020).
 
     Args:
-        eps: radius of the linf ball, in units of inputs in [0, 1].
-        step_size: length of one step, same unit.
+        eps: radius of the ball, in units of inputs in [0, 1].
+        step_size: length of one step in the same norm and unit.
         num_steps: at least 1.
         num_restarts: at least 1; more than one needs a random start.
         random_start: start from a uniform point of the ball instead of x.
+        norm: "linf" or "l2".
+        targeted: lower the loss on ``y`` instead of raising it.
     """
 
     eps: float
@@ -43,12 +54,14 @@ class PGD:
     num_steps: int = 10
     num_restarts: int = 1
     random_start: bool = True
+    norm: str = "linf"
+    targeted: bool = False
 
     def __post_init__(self) -> None:
-        check_eps(self.eps)
-        check_eps(self.step_size, "step_size")
-        if self.num_steps < 1:
-            raise ConfigError(f"num_steps={self.num_steps} is out of range; at least 1")
+        check_norm(self.norm)
+        check_eps(self.eps, norm=self.norm)
+        check_eps(self.step_size, "step_size", norm=self.norm)
+        check_count(self.num_steps, "num_steps")
         if self.num_restarts < 1 or (self.num_restarts > 1 and not self.random_start):
             raise ConfigError(
                 f"num_restarts={self.num_restarts} with random_start={self.random_start}: at least 1, "
@@ -57,7 +70,7 @@ class PGD:
 
     @property
     def passes(self) -> Passes:
-        """Passes per example; each restart beyond one adds a forward to compare the losses."""
+        """Passes per example; several restarts add a forward each to compare the losses."""
         steps = self.num_steps * self.num_restarts
         return Passes(
             forwards=steps + (self.num_restarts if self.num_restarts > 1 else 0), input_backwards=steps
@@ -70,31 +83,36 @@ class PGD:
 
         Raises:
             ConfigError: random_start without a generator.
+            ModelError: the input gets no gradient, or a NaN.
         """
         if self.random_start:
             generator = check_generator(generator)
-        with crafting(model, x) as x:
-            best = self._climb(model, x, y, generator)
-            if self.num_restarts == 1:
-                return best
-            best_loss = _losses(model, best, y)
-            for _ in range(self.num_restarts - 1):
-                candidate = self._climb(model, x, y, generator)
-                loss = _losses(model, candidate, y)
-                better = loss > best_loss
-                best = torch.where(better.reshape(-1, *[1] * (x.dim() - 1)), candidate, best)
-                best_loss = torch.where(better, loss, best_loss)
+        watch = NaNWatch()
+        with crafting(model, x, y) as (x, y):
+            best = self._climb(model, x, y, generator, watch)
+            if self.num_restarts > 1:
+                best_loss = self._losses(predicted(model, best), y)
+                for _ in range(self.num_restarts - 1):
+                    candidate = self._climb(model, x, y, generator, watch)
+                    loss = self._losses(predicted(model, candidate), y)
+                    better = loss > best_loss
+                    best = torch.where(per_example(better, x), candidate, best)
+                    best_loss = torch.where(better, loss, best_loss)
+        watch.refuse()
         return best
 
-    def _climb(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
-        start = x if generator is None or not self.random_start else uniform_start(x, self.eps, generator)
-        x_adv = project(start, x, self.eps)
+    def _climb(
+        self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None, watch: NaNWatch
+    ) -> Tensor:
+        x_adv = x
+        if generator is not None and self.random_start:
+            x_adv = uniform_start(x, self.eps, generator, self.norm)
+        x_adv = project(x_adv, x, self.eps, self.norm)
         for _ in range(self.num_steps):
-            gradient = input_gradient(model, x_adv, y)
-            x_adv = project(x_adv + self.step_size * gradient.sign(), x, self.eps)
+            gradient = watch.see(ascent(model, x_adv, lambda logits: self._losses(logits, y)).gradient)
+            x_adv = project(x_adv + self.step_size * steepest(gradient, self.norm), x, self.eps, self.norm)
         return x_adv
 
-
-@torch.no_grad()
-def _losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return cross_entropies(model(x), y)
+    def _losses(self, logits: Tensor, y: Tensor) -> Tensor:
+        losses = cross_entropies(logits, y)
+        return -losses if self.targeted else losses
