@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tangentlab import modes
+from tangentlab import modes, randomness
 from tangentlab.errors import ConfigError, ModelError, unknown_choice
 
 NORMS = ("linf", "l2")
+
+# In fp32 for every precision.
+_uniform = partial(torch.rand, dtype=torch.float32)
+_gaussian = partial(torch.randn, dtype=torch.float32)
 
 Loss = Callable[[Tensor], Tensor]  # logits [n, C] to the loss of each example, [n]
 
@@ -145,19 +150,19 @@ def uniform_start(x: Tensor, eps: float, generator: torch.Generator, norm: str =
     """
     if norm == "linf":
         return (x + (2 * uniform(x, generator) - 1) * eps).clamp_(0.0, 1.0)
-    radius = torch.rand(len(x), generator=generator, device=generator.device)
+    radius = randomness.drawn(_uniform, (len(x),), generator)
     radius = radius.pow(1 / max(x[0].numel(), 1)).to(x) if len(x) else radius.to(x)
     return (x + eps * per_example(radius, x) * steepest(gaussian(x, generator), norm)).clamp_(0.0, 1.0)
 
 
 def uniform(x: Tensor, generator: torch.Generator) -> Tensor:
     """U(0, 1) of x's shape, device and precision."""
-    return torch.rand(x.shape, generator=generator, device=generator.device, dtype=torch.float32).to(x)
+    return randomness.drawn(_uniform, x.shape, generator).to(x)
 
 
 def gaussian(x: Tensor, generator: torch.Generator) -> Tensor:
     """N(0, 1) of x's shape, device and precision."""
-    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=torch.float32).to(x)
+    return randomness.drawn(_gaussian, x.shape, generator).to(x)
 
 
 class Ascent(NamedTuple):

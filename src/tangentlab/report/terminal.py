@@ -21,7 +21,10 @@ def evaluations_table(record: RunRecord) -> Table:
             continue  # a line that is not evaluate's
         low, high = line["interval"]
         when = "" if line["epoch"] is None else f", epoch {line['epoch']:.1f}"
-        settings = "".join(f" {key}={value:.3g}" for key, value in line["settings"].items())
+        settings = "".join(
+            f" {key}={value if isinstance(value, str | bool) else format(value, '.3g')}"
+            for key, value in line["settings"].items()
+        )
         drawn.add_row(
             line["checkpoint"] + when,
             line["attack"] + settings,

@@ -9,6 +9,7 @@ from tangentlab.training.free import FreeTraining
 from tangentlab.training.grad_align import GradAlignTraining
 from tangentlab.training.loop import Step, StepHook, TrainingState, check_parameters, train
 from tangentlab.training.method import Adversarial, Batch, Memory, Method, Network
+from tangentlab.training.n_fgsm import NFGSMTraining
 from tangentlab.training.pgd import PGDTraining
 from tangentlab.training.schedules import SCHEDULES
 from tangentlab.training.standard import Standard
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "trades": TRADESTraining,
     "fgsm": FGSMTraining,
     "fgsm_rs": FGSMRSTraining,
+    "n_fgsm": NFGSMTraining,
     "free": FreeTraining,
     "grad_align": GradAlignTraining,
     "zero_grad": ZeroGradTraining,
@@ -42,6 +44,7 @@ __all__ = [
     "GradAlignTraining",
     "Memory",
     "Method",
+    "NFGSMTraining",
     "Network",
     "PGDTraining",
     "Standard",

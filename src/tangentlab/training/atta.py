@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tangentlab.attacks import Passes
-from tangentlab.attacks.threat import check_eps, crafting, input_gradient, project
+from tangentlab.attacks.threat import ascent, check_eps, crafting, cross_entropies, project
 from tangentlab.errors import ConfigError
 from tangentlab.training.method import Adversarial, Batch, Memory, stored
 
@@ -71,10 +72,10 @@ class ATTATraining(Adversarial):
 
         deltas = stored(memory, "delta", batch, shape, start, epochs=self.reset_epochs)
         canvas = deltas[batch.index]
-        with crafting(model, batch.x) as x:
+        with crafting(model, batch.x, batch.y) as (x, y):
             x_adv = project(x + (canvas if view is None else view.take(canvas)), x, self.eps)
             for _ in range(self.num_steps):
-                gradient = input_gradient(model, x_adv, batch.y)
+                gradient = ascent(model, x_adv, partial(cross_entropies, y=y)).gradient
                 x_adv = project(x_adv + step_size * gradient.sign(), x, self.eps)
         if view is None:
             canvas = x_adv - x

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from tangentlab import randomness
-from tangentlab.attacks import Passes
+from tangentlab.attacks import NaNGradientError, Passes
 from tangentlab.errors import DivergedError
 from tangentlab.training.method import Batch, Memory, Method, Network
 
@@ -128,7 +128,10 @@ def train(
         with torch.random.fork_rng([device] if device.type == "cuda" else []), make.autocast():
             # Dropout and its like draw from the global generator: theirs is a stream too.
             torch.manual_seed(randomness.derive_seed(seed, "layers", state.step, part[0]))
-            loss = current.loss(network, drawn, memory=state.memory, generator=draws)
+            try:
+                loss = current.loss(network, drawn, memory=state.memory, generator=draws)
+            except NaNGradientError as error:
+                raise DivergedError(f"{error}, at step {state.step}; training stops") from error
         make.backward(loss)
         state.optimizer.step()
         with make.autocast():

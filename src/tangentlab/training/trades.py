@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tangentlab import randomness
 from tangentlab.attacks import Passes
-from tangentlab.attacks.threat import check_eps, crafting, project
+from tangentlab.attacks.threat import ascent, check_eps, crafting, gaussian, project
 from tangentlab.errors import ConfigError
 from tangentlab.training.method import UPDATE, Adversarial, Batch, Memory, Network
 
@@ -62,17 +61,17 @@ class TRADESTraining(Adversarial):
 
     def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
         """The last iterate."""
-        with crafting(model, batch.x) as x:
-            with torch.no_grad():
-                clean = _log_probabilities(model(x))
-            noise = randomness.drawn(torch.randn, x.shape, generator)
-            x_adv = project(x + _START * noise.to(x), x, self.eps)
+        with crafting(model, batch.x, batch.y) as (x, _):
+            clean = _log_probabilities(model(x))
+
+            def divergence(logits: Tensor) -> Tensor:
+                return F.kl_div(
+                    _log_probabilities(logits), clean, reduction="none", log_target=True
+                ).sum(1)
+
+            x_adv = project(x + _START * gaussian(x, generator), x, self.eps)
             for _ in range(self.num_steps):
-                leaf = x_adv.clone().requires_grad_(True)
-                divergence = F.kl_div(
-                    _log_probabilities(model(leaf)), clean, reduction="sum", log_target=True
-                )
-                (gradient,) = torch.autograd.grad(divergence, leaf)
+                gradient = ascent(model, x_adv, divergence).gradient
                 x_adv = project(x_adv + self.step_size * gradient.sign(), x, self.eps)
         return x_adv
 

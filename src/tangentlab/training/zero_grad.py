@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tangentlab.attacks import Passes
-from tangentlab.attacks.threat import check_eps, crafting, input_gradient, project, uniform_start
+from tangentlab.attacks.threat import ascent, check_eps, crafting, cross_entropies, project, uniform_start
 from tangentlab.training.method import Adversarial, Batch, Memory, check_share
 
 
@@ -44,9 +45,9 @@ class ZeroGradTraining(Adversarial):
     def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
         """The step from the random start."""
         step_size = 2 * self.eps if self.step_size is None else self.step_size
-        with crafting(model, batch.x) as x:
+        with crafting(model, batch.x, batch.y) as (x, y):
             start = uniform_start(x, self.eps, generator)
-            gradient = input_gradient(model, start, batch.y)
+            gradient = ascent(model, start, partial(cross_entropies, y=y)).gradient
         size = gradient.abs().flatten(1)
         threshold = size.float().quantile(self.quantile, dim=1)
         kept = size >= threshold.to(size.dtype)[:, None]

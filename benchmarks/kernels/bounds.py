@@ -1,0 +1,82 @@
+"""What bounds the Gram part: rates of forming gradients and of multiplying them, at the layers' own sizes.
+
+    python benchmarks/kernels/bounds.py results/kernels/bounds.json
+
+Forming is G_i = δ_i a_iᵀ, [O, T] [T, D] for each of n examples: batched (torch.bmm), one by one by oneDNN as
+the engine does it, and one by one without writing G anywhere, which shows what the writing takes. The product
+is G Gᵀ of [n, P], of which half is needed: whole, and in the engine's row blocks; GFLOP/s count that half.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tangentlab.kernels.products import gram, outer
+from tangentlab.records import environment
+
+# n, T, D, O of a linear or convolution layer.
+FORMING = {
+    "ViT-Tiny, up": (64, 65, 192, 768),
+    "ViT-Tiny, down": (64, 65, 768, 192),
+    "PreActResNet-18 w64, stage 1": (64, 1024, 576, 64),
+    "PreActResNet-18 w64, stage 2": (64, 256, 1152, 128),
+    "PreActResNet-18 w64, stage 3": (64, 64, 2304, 256),
+}
+# n, P of a slice of gradients.
+PRODUCTS = {"n = 32": (32, 147_456), "n = 64": (64, 147_456), "n = 256": (256, 147_456)}
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"schema": 1, "environment": environment(), "forming": {}, "products": {}}
+    for name, (n, T, D, O) in FORMING.items():  # noqa: E741
+        d, a, G = torch.randn(n, O, T), torch.randn(n, D, T), torch.empty(n, O, D)
+        work = 2 * n * T * D * O
+        found["forming"][name] = {
+            "batched": rate(work, lambda d=d, a=a, G=G: torch.bmm(d, a.transpose(1, 2), out=G)),
+            "one by one": rate(work, lambda d=d, a=a, G=G: each(d, a, G)),
+            "without writing": rate(work, lambda d=d, a=a: each(d, a, None)),
+        }
+    for name, (n, P) in PRODUCTS.items():
+        G = torch.randn(n, 1, P)
+        found["products"][name] = {
+            "whole": rate(n * n * P, lambda G=G: outer(G[:, 0], G[:, 0], G.dtype)),
+            "row blocks": rate(n * n * P, lambda G=G: gram(G, None, G.dtype)),
+        }
+    x = torch.randn(1024, 1024)
+    found["peak"] = rate(2 * 1024**3, lambda: outer(x, x, x.dtype))
+    text = json.dumps(found, indent=1)
+    Path(sys.argv[1]).write_text(text + "\n")
+    print(text)
+
+
+def each(d: Tensor, a: Tensor, G: Tensor | None) -> None:
+    for i, (one, other) in enumerate(zip(d, a, strict=True)):
+        product = outer(one, other, one.dtype)
+        if G is not None:
+            G[i] = product
+
+
+def rate(work: float, call: Callable[[], object]) -> float:
+    """GFLOP/s, the median of nine calls."""
+    call()
+    seconds = []
+    for _ in range(9):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return round(work / statistics.median(seconds) / 1e9, 1)
+
+
+if __name__ == "__main__":
+    main()
