@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,15 @@ def main() -> None:
         d, a, G = torch.randn(n, O, T), torch.randn(n, D, T), torch.empty(n, O, D)
         work = 2 * n * T * D * O
         found["forming"][name] = {
-            "batched": rate(work, lambda d=d, a=a, G=G: torch.bmm(d, a.transpose(1, 2), out=G)),
-            "one by one": rate(work, lambda d=d, a=a, G=G: each(d, a, G)),
-            "without writing": rate(work, lambda d=d, a=a: each(d, a, None)),
+            "batched": rate(work, partial(torch.bmm, d, a.transpose(1, 2), out=G)),
+            "one by one": rate(work, partial(each, d, a, G)),
+            "without writing": rate(work, partial(each, d, a, None)),
         }
     for name, (n, P) in PRODUCTS.items():
         G = torch.randn(n, 1, P)
         found["products"][name] = {
-            "whole": rate(n * n * P, lambda G=G: outer(G[:, 0], G[:, 0], G.dtype)),
-            "row blocks": rate(n * n * P, lambda G=G: gram(G, None, G.dtype)),
+            "whole": rate(n * n * P, partial(outer, G[:, 0], G[:, 0], G.dtype)),
+            "row blocks": rate(n * n * P, partial(gram, G, None, G.dtype)),
         }
     x = torch.randn(1024, 1024)
     found["peak"] = rate(2 * 1024**3, lambda: outer(x, x, x.dtype))

@@ -1152,6 +1152,7 @@ def test_a_fault_is_found(name: str, two: bool, factor: float, monkeypatch: pyte
     expected = ntk(model, x, x2, check=False)
     assert error(model, x, x2, check=False) < 1e-10
     monkeypatch.setattr(place, attribute, fault(factor)(getattr(place, attribute)))
+    engine._planned.clear()  # a fault of the plan would not be met in one that is kept
     found_or_avoided(expected, model, x, x2, "trace", avoidable=name in AVOIDABLE)
 
 

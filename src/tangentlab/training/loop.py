@@ -8,8 +8,8 @@ never stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -128,10 +128,8 @@ def train(
         with torch.random.fork_rng([device] if device.type == "cuda" else []), make.autocast():
             # Dropout and its like draw from the global generator: theirs is a stream too.
             torch.manual_seed(randomness.derive_seed(seed, "layers", state.step, part[0]))
-            try:
+            with _diverging(state):
                 loss = current.loss(network, drawn, memory=state.memory, generator=draws)
-            except NaNGradientError as error:
-                raise DivergedError(f"{error}, at step {state.step}; training stops") from error
         make.backward(loss)
         state.optimizer.step()
         with make.autocast():
@@ -168,4 +166,14 @@ def check_parameters(state: TrainingState) -> None:
 
 def _call(hooks: Sequence[StepHook], state: TrainingState) -> None:
     for hook in hooks:
-        hook(state)
+        with _diverging(state):
+            hook(state)
+
+
+@contextmanager
+def _diverging(state: TrainingState) -> Iterator[None]:
+    """An attack's NaN is training's own."""
+    try:
+        yield
+    except NaNGradientError as error:
+        raise DivergedError(f"{error}, at step {state.step}; training stops") from error

@@ -65,9 +65,7 @@ class TRADESTraining(Adversarial):
             clean = _log_probabilities(model(x))
 
             def divergence(logits: Tensor) -> Tensor:
-                return F.kl_div(
-                    _log_probabilities(logits), clean, reduction="none", log_target=True
-                ).sum(1)
+                return F.kl_div(_log_probabilities(logits), clean, reduction="none", log_target=True).sum(1)
 
             x_adv = project(x + _START * gaussian(x, generator), x, self.eps)
             for _ in range(self.num_steps):
