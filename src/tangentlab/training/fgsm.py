@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from tangentlab.attacks import FGSM, Passes
-from tangentlab.training.method import Adversarial, Batch, Memory
+from tangentlab.attacks import FGSM
+from tangentlab.training.method import Attacked
 
 
 @dataclass(frozen=True)
-class FGSMTraining(Adversarial):
+class FGSMTraining(Attacked):
     """L(θ) = mean CE(f(x + eps·sign ∇ₓCE), y), every example attacked.
 
     BatchNorm as Andriushchenko & Flammarion (2020) have it: training mode, both forwards update the buffers.
@@ -30,16 +27,3 @@ class FGSMTraining(Adversarial):
     def attack(self) -> FGSM:
         """What crafts the batch; raises ConfigError where eps is out of range."""
         return FGSM(eps=self.eps)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self.attack
-
-    @property
-    def crafting_passes(self) -> Passes:
-        """One forward and one input backward."""
-        return self.attack.passes
-
-    def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
-        """The attack's step."""
-        return self.attack(model, batch.x, batch.y, generator=generator)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from tangentlab.attacks import PGD, Passes
-from tangentlab.training.method import Adversarial, Batch, Memory
+from tangentlab.attacks import PGD
+from tangentlab.training.method import Attacked
 
 
 @dataclass(frozen=True)
-class FGSMRSTraining(Adversarial):
+class FGSMRSTraining(Attacked):
     """L(θ) = mean CE(f(Π(x + η + step_size·sign ∇ₓCE(x + η))), y), η uniform in the ball (algorithm 3).
 
     BatchNorm as the authors' code has it: training mode, both forwards update the buffers.
@@ -30,16 +27,3 @@ class FGSMRSTraining(Adversarial):
         """What crafts the batch; raises ConfigError where a setting is out of range."""
         # A step of more than the box's size reaches no further.
         return PGD(self.eps, min(1.0, 1.25 * self.eps) if self.step_size is None else self.step_size, 1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self.attack
-
-    @property
-    def crafting_passes(self) -> Passes:
-        """One forward and one input backward."""
-        return self.attack.passes
-
-    def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
-        """The attack's step."""
-        return self.attack(model, batch.x, batch.y, generator=generator)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tangentlab import modes
-from tangentlab.attacks import Passes
+from tangentlab.attacks import Attack, Passes
 from tangentlab.errors import ConfigError, unknown_choice
 
 Memory = dict[str, Tensor]
@@ -226,6 +226,29 @@ class Adversarial:
     def _clean_forward(self, network: Network, batch: Batch) -> None:
         with self.updating(network.bare, "clean"):
             network.bare(batch.x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked(Adversarial):
+    """Methods whose crafting is one of the attacks."""
+
+    @property
+    def attack(self) -> Attack:
+        """What crafts the batch; raises ConfigError where a setting is out of range."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.attack
+
+    @property
+    def crafting_passes(self) -> Passes:
+        """The attack's."""
+        return self.attack.passes
+
+    def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
+        """What the attack makes of the batch."""
+        return self.attack(model, batch.x, batch.y, generator=generator)
 
 
 def check_share(name: str, value: float) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from tangentlab.attacks import NFGSM, Passes
-from tangentlab.training.method import Adversarial, Batch, Memory
+from tangentlab.attacks import NFGSM
+from tangentlab.training.method import Attacked
 
 
 @dataclass(frozen=True)
-class NFGSMTraining(Adversarial):
+class NFGSMTraining(Attacked):
     """L(θ) = mean CE(f(x + η + eps·sign ∇ₓCE(x + η)), y), η ~ U(−k·eps, k·eps): in the box, not in the ball.
 
     BatchNorm as the authors' code has it: training mode, both forwards update the buffers.
@@ -29,16 +26,3 @@ class NFGSMTraining(Adversarial):
     def attack(self) -> NFGSM:
         """What crafts the batch; raises ConfigError where a setting is out of range."""
         return NFGSM(self.eps, self.noise)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self.attack
-
-    @property
-    def crafting_passes(self) -> Passes:
-        """One forward and one input backward."""
-        return self.attack.passes
-
-    def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
-        """The attack's step."""
-        return self.attack(model, batch.x, batch.y, generator=generator)

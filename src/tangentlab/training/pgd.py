@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from tangentlab.attacks import PGD, Passes
-from tangentlab.training.method import Adversarial, Batch, Memory
+from tangentlab.attacks import PGD
+from tangentlab.training.method import Attacked
 
 
 @dataclass(frozen=True)
-class PGDTraining(Adversarial):
+class PGDTraining(Attacked):
     """L(θ) = mean CE(f(x*), y), x* the last of ``num_steps`` projected steps.
 
     BatchNorm as Rice et al. (2020, robust_overfitting) have it: training mode while crafting, every forward
@@ -34,16 +31,3 @@ class PGDTraining(Adversarial):
     def attack(self) -> PGD:
         """What crafts the batch; raises ConfigError where a setting is out of range."""
         return PGD(self.eps, self.step_size, self.num_steps, random_start=self.random_start)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self.attack
-
-    @property
-    def crafting_passes(self) -> Passes:
-        """The attack's: a forward and an input backward a step."""
-        return self.attack.passes
-
-    def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
-        """The attack's last iterate."""
-        return self.attack(model, batch.x, batch.y, generator=generator)
