@@ -157,15 +157,13 @@ def _batch(batches: Batches, step: int, total: int) -> Batch:
     return Batch(x, y, index, total, epoch, view=lambda: batches.placement(step, x))
 
 
-def _alone(loss: Tensor, _: nn.Module) -> Tensor:
-    return loss
-
-
 def _agree(fabric: Any, interruption: Interruption, loss: Tensor, model: nn.Module) -> Tensor:
     """The mean of the processes' losses; their floating-point buffers become equal, their mean too.
 
     A stop that one of them was asked for is one for all.
     """
+    if fabric.world_size == 1:
+        return loss
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     asked = loss.new_full((1,), float(interruption.asked), dtype=torch.float64)
     flat = torch.cat([loss.double().reshape(1), asked, *(buffer.double().flatten() for buffer in buffers)])
@@ -227,7 +225,7 @@ def _train(
                     trained=wrapped,
                     autocast=fabric.autocast,
                     backward=fabric.backward,
-                    agree=partial(_agree, fabric, interruption) if fabric.world_size > 1 else _alone,
+                    agree=partial(_agree, fabric, interruption),
                 ),
                 part=(fabric.global_rank, fabric.world_size),
                 hooks=hooks if fabric.world_size == 1 else [*hooks, lambda _: fabric.barrier()],

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab.attacks import Passes
-from tangentlab.attacks.threat import ascent, check_eps, crafting, cross_entropies, project
+from tangentlab.attacks.threat import ascent, crafting, cross_entropies, project
 from tangentlab.errors import ConfigError
-from tangentlab.training.method import Adversarial, Batch, Memory, stored
+from tangentlab.training.method import Adversarial, Batch, Memory, check_sizes, stored
 
 # Standard deviation of the noise that a stored perturbation begins with.
 _START = 0.001
@@ -49,9 +49,7 @@ class ATTATraining(Adversarial):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_eps(self.eps)
-        if self.step_size is not None:
-            check_eps(self.step_size, "step_size")
+        check_sizes(self.eps, self.step_size)
         for name in ("num_steps", "reset_epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is out of range; at least 1")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab.attacks import Passes
-from tangentlab.attacks.threat import check_eps, project
+from tangentlab.attacks.threat import project
 from tangentlab.errors import ConfigError
-from tangentlab.training.method import Adversarial, Batch, Memory
+from tangentlab.training.method import Adversarial, Batch, Memory, check_sizes
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ class FreeTraining(Adversarial):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_eps(self.eps)
-        if self.step_size is not None:
-            check_eps(self.step_size, "step_size")
+        check_sizes(self.eps, self.step_size)
         if self.replays < 1:
             raise ConfigError(f"replays={self.replays} is out of range; at least 1")
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tangentlab import modes
 from tangentlab.attacks import Attack, Passes
+from tangentlab.attacks.threat import check_eps
 from tangentlab.errors import ConfigError, unknown_choice
 
 Memory = dict[str, Tensor]
@@ -249,6 +250,13 @@ class Attacked(Adversarial):
     def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
         """What the attack makes of the batch."""
         return self.attack(model, batch.x, batch.y, generator=generator)
+
+
+def check_sizes(eps: float, step_size: float | None = None) -> None:
+    """Raise ConfigError unless eps, and the step size where there is one, are in (0, 1]."""
+    check_eps(eps)
+    if step_size is not None:
+        check_eps(step_size, "step_size")
 
 
 def check_share(name: str, value: float) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tangentlab.attacks import Passes
-from tangentlab.attacks.threat import ascent, check_eps, crafting, gaussian, project
+from tangentlab.attacks.threat import ascent, crafting, gaussian, project
 from tangentlab.errors import ConfigError
-from tangentlab.training.method import UPDATE, Adversarial, Batch, Memory, Network
+from tangentlab.training.method import UPDATE, Adversarial, Batch, Memory, Network, check_sizes
 
 # Standard deviation of the start around x, where the divergence and its gradient are zero.
 _START = 0.001
@@ -42,8 +42,7 @@ class TRADESTraining(Adversarial):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_eps(self.eps)
-        check_eps(self.step_size, "step_size")
+        check_sizes(self.eps, self.step_size)
         if self.num_steps < 1:
             raise ConfigError(f"num_steps={self.num_steps} is out of range; at least 1")
         if not 0 < self.beta < float("inf"):

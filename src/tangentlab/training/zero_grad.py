@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab.attacks import Passes
-from tangentlab.attacks.threat import ascent, check_eps, crafting, cross_entropies, project, uniform_start
-from tangentlab.training.method import Adversarial, Batch, Memory, check_share
+from tangentlab.attacks.threat import ascent, crafting, cross_entropies, project, uniform_start
+from tangentlab.training.method import Adversarial, Batch, Memory, check_share, check_sizes
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,7 @@ class ZeroGradTraining(Adversarial):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_eps(self.eps)
-        if self.step_size is not None:
-            check_eps(self.step_size, "step_size")
+        check_sizes(self.eps, self.step_size)
         check_share("quantile", self.quantile)
 
     @property
