@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tangentlab.kernels.linear import linear
-from tangentlab.kernels.products import formed, one_by_one
+from tangentlab.kernels.products import formed, lower_blocks, one_by_one
 from tangentlab.kernels.uses import Convolution
 
 from .reference import relative_error
@@ -71,3 +71,12 @@ def test_patches_are_what_the_weight_meets(
     vectors = use.vectors(5, slice(1, 4), torch.float64)
     assert vectors.is_contiguous()
     assert torch.allclose(vectors @ vectors.transpose(1, 2), patches.transpose(1, 2) @ patches)
+
+
+@pytest.mark.parametrize(("n", "each"), [(1, 1), (3, 100), (64, 1), (65, 1), (130, 1), (37, 10)])
+def test_blocks_cover_the_lower_triangle_once(n: int, each: int) -> None:
+    seen = torch.zeros(n, n)
+    for rows, columns in lower_blocks(n, each):
+        seen[rows, columns] += 1
+    assert (seen.tril() == torch.ones(n, n).tril()).all()
+    assert seen.max() == 1

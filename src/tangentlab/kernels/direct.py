@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tangentlab.kernels.blocks import Option, Shape, Tile
 from tangentlab.kernels.capture import Tape
-from tangentlab.kernels.products import chunks, formed, one_by_one, outer, row_blocks
+from tangentlab.kernels.products import chunks, formed, lower_blocks, one_by_one, outer, row_blocks
 from tangentlab.kernels.sites import Site
 from tangentlab.kernels.uses import Convolution, Embedding, Positional, Use
 
@@ -156,9 +156,9 @@ class Direct:
         if tile.split is not None:
             into.copy_(outer(flat[: n * T], flat[n * T :], tile.dtype))
             return
-        for block in row_blocks(n, T):  # below the diagonal only, example by example
-            rows = slice(block.start * T, block.stop * T)
-            into[rows, : rows.stop] = outer(flat[rows], flat[: rows.stop], tile.dtype)
+        for blocks in lower_blocks(n, T):
+            rows, below = (slice(block.start * T, block.stop * T) for block in blocks)
+            into[rows, below] = outer(flat[rows], flat[below], tile.dtype)
 
     def _inner_in_chunks(self, tile: Tile, weights: list[Positional], A: Tensor) -> None:
         left, right = tile.sides

@@ -11,7 +11,7 @@ from torch import Tensor
 
 PRODUCTS = ("tf32", "bf16")
 
-# A symmetric product is made in row blocks of about this many rows, each up to the diagonal.
+# A symmetric product is halved down to blocks of at most this many rows: smaller ones are slow.
 _ROWS = 64
 _MOST_BLOCKS = 8
 
@@ -34,6 +34,24 @@ def chunks(stop: int, size: float, start: int = 0) -> Iterator[slice]:
 def row_blocks(n: int, each: int = 1) -> Iterator[slice]:
     """The row blocks of a symmetric product of n examples with ``each`` rows."""
     return chunks(n, max(-(-_ROWS // each), -(-n // _MOST_BLOCKS)))
+
+
+def lower_blocks(n: int, each: int = 1, start: int = 0) -> Iterator[tuple[slice, slice]]:
+    """Blocks (rows, columns) that cover the lower triangle of a symmetric product likewise.
+
+    Squares below the diagonal, as large as can be, and few entries above it.
+
+    >>> list(lower_blocks(100))  # doctest: +NORMALIZE_WHITESPACE
+    [(slice(50, 100, None), slice(0, 50, None)), (slice(0, 50, None), slice(0, 50, None)),
+     (slice(50, 100, None), slice(50, 100, None))]
+    """
+    if n - start < 2 or (n - start) * each <= _ROWS:
+        yield slice(start, n), slice(start, n)
+        return
+    middle = (start + n) // 2
+    yield slice(middle, n), slice(start, middle)
+    yield from lower_blocks(middle, each, start)
+    yield from lower_blocks(n, each, middle)
 
 
 def outer(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,8 +118,8 @@ def gram(left: Tensor, right: Tensor | None, dtype: torch.dtype) -> Tensor:
     if right is not None:
         return outer(flat, right.reshape(-1, size), dtype).view(n, rows, len(right), rows)
     K = flat.new_zeros(n * rows, n * rows, dtype=dtype)
-    for block in row_blocks(n * rows):
-        K[block, : block.stop] = outer(flat[block], flat[: block.stop], dtype)
+    for block, below in lower_blocks(n * rows):
+        K[block, below] = outer(flat[block], flat[below], dtype)
     return K.view(n, rows, n, rows)
 
 
