@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -47,7 +46,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put back every buffer that the body writes into or replaces; the others are not touched."""
+    """Put back the values of every buffer, and the buffers that the body replaces."""
     kept = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -59,11 +58,9 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer, values in kept:
             module._buffers[name] = buffer
-            # Untouched ones are not written: that would spoil graphs of the caller that saved them. Values
-            # are compared because batch_norm writes its statistics without counting a new version.
-            if not _identical(buffer, values):
-                with torch.no_grad():
-                    buffer.copy_(values)
+            # Past autograd's count of versions: the values that a graph of the caller saved are these.
+            # Written without a look, which would wait for the device.
+            buffer.data.copy_(values)
 
 
 @contextmanager
@@ -123,8 +120,3 @@ def batchnorm(model: nn.Module, *, statistics: str | None = None, update: bool =
 def updates_buffers(model: nn.Module) -> bool:
     """Whether the caller is inside ``batchnorm(model, update=True)``."""
     return id(model) in _updating.get()
-
-
-def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in every entry, NaN where the other is NaN."""
-    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tangentlab.attacks import FGSM, PGD
+from tangentlab.attacks.threat import nan_collected
+from tangentlab.data import Augmentation
 from tangentlab.errors import CheckpointError, ConfigError, DivergedError
 from tangentlab.randomness import generator
 from tangentlab.training import (
@@ -364,6 +367,60 @@ def test_a_loss_that_is_not_finite_stops_at_its_step() -> None:
     state = state_of(Counting())
     with pytest.raises(DivergedError, match="the loss is nan at step 3"):
         run(state, Standard(), 5, batch=poisoned)
+
+
+class Waits(TorchDispatchMode):
+    """Names the operators that a device's results would be waited for in."""
+
+    names = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Counters are whole numbers and stay on the CPU on every device.
+        if func.overloadpacket.__name__ in self.names and args[0].dtype != torch.int64:
+            self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@every_method
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_loss_waits_for_nothing(method: Method, quiet: bool) -> None:
+    if quiet and isinstance(method, Adversarial):
+        method = replace(method, buffer_updates=("loss",))
+    model, memory, view = Counting().train(), {}, Augmentation()
+    drawn = replace(batch(0), view=lambda: view.place(batch(0).x, generator=generator(0, "view")))
+    with Waits() as waits, nan_collected():
+        for _ in range(2):  # the second begins from what the first stored
+            loss_of(method, model, drawn, memory).backward()
+            method.finish(Network(model, model), drawn)
+    assert not waits.seen
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_a_nan_that_is_collected_is_found_in_the_loss(poison: bool) -> None:
+    x = torch.full((2, 1, 4, 4), torch.nan if poison else 0.5)
+    with nan_collected() as seen:
+        FGSM(EPS)(Counting(), x, torch.tensor([0, 1]))
+    assert [bool(one) for one in seen] == [poison]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_method
+def test_steps_on_a_gpu_wait_for_nothing(method: Method) -> None:
+    state = state_of(Counting().cuda())
+    state.loss_sum = state.loss_sum.cuda()
+    batches = [replace(b, x=b.x.cuda(), y=b.y.cuda(), index=b.index.cuda()) for b in map(batch, range(2))]
+    draw = {"batch": lambda step: batches[step // method.replays % 2]}
+    run(state, method, 4, **draw)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(state, method, 8, **draw)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -215,6 +216,22 @@ class NaNGradientError(ModelError):
     """The loss or its gradient at the input is NaN: in a training loop, a sign that it has diverged."""
 
 
+# Where a training loop collects what its attacks' watches saw, within ``nan_collected``.
+_collected: ContextVar[list[Tensor] | None] = ContextVar("_collected", default=None)
+
+
+@contextmanager
+def nan_collected() -> Iterator[list[Tensor]]:
+    """Attacks in the body do not raise NaNGradientError, which waits for the device: each adds to the list
+    a scalar tensor, whether it saw a NaN."""
+    collected: list[Tensor] = []
+    token = _collected.set(collected)
+    try:
+        yield collected
+    finally:
+        _collected.reset(token)
+
+
 class NaNWatch:
     """Collects, without waiting for the device, which examples had a NaN; ``refuse`` waits once and raises.
 
@@ -232,7 +249,11 @@ class NaNWatch:
 
     def refuse(self) -> None:
         """Raise NaNGradientError if there was a NaN, with the number of examples."""
-        if self._seen is not None and (count := int(self._seen.sum())):
+        if self._seen is None:
+            return
+        if (collected := _collected.get()) is not None:
+            collected.append(self._seen.any())
+        elif count := int(self._seen.sum()):
             raise NaNGradientError(
                 f"the loss or its gradient at the input is NaN for {count} of {len(self._seen)} examples; "
                 "look for NaN in inputs and parameters, and for overflow"

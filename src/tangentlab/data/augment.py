@@ -114,7 +114,11 @@ class Augmentation:
 
         def draw(high: int) -> Tensor:
             """Integers in 0..high-1, one an example: [n, 1]."""
-            return drawn(partial(torch.randint, high), (n, 1), generator).to(x.device)
+            numbers = drawn(partial(torch.randint, high), (n, 1), generator)
+            # From pinned memory, or the copy would wait for what the device is doing.
+            if x.is_cuda and not numbers.is_cuda:
+                numbers = numbers.pin_memory()
+            return numbers.to(x.device, non_blocking=True)
 
         rows = torch.arange(height, device=x.device).expand(n, height)
         columns = torch.arange(width, device=x.device).expand(n, width)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tangentlab import randomness
 from tangentlab.attacks import NaNGradientError, Passes
+from tangentlab.attacks.threat import nan_collected
 from tangentlab.errors import DivergedError
 from tangentlab.training.method import Batch, Memory, Method, Network
 
@@ -128,13 +129,16 @@ def train(
         with torch.random.fork_rng([device] if device.type == "cuda" else []), make.autocast():
             # Dropout and its like draw from the global generator: theirs is a stream too.
             torch.manual_seed(randomness.derive_seed(seed, "layers", state.step, part[0]))
-            with _diverging(state):
+            with _diverging(state), _patient(device) as nan:
                 loss = current.loss(network, drawn, memory=state.memory, generator=draws)
         make.backward(loss)
         state.optimizer.step()
         with make.autocast():
             current.finish(network, drawn)
-        state.loss_sum += make.agree(loss.detach(), state.model)
+        value = loss.detach()
+        for seen in nan:
+            value = value.masked_fill(seen, torch.nan)
+        state.loss_sum += make.agree(value, state.model)
         if state.averaged is not None:
             state.averaged.update_parameters(state.model)
         state.step += 1
@@ -168,6 +172,11 @@ def _call(hooks: Sequence[StepHook], state: TrainingState) -> None:
     for hook in hooks:
         with _diverging(state):
             hook(state)
+
+
+def _patient(device: torch.device) -> AbstractContextManager[Sequence[Tensor]]:
+    """Off the CPU an attack's NaN makes the loss one, to be found when the loss is looked at."""
+    return nullcontext(()) if device.type == "cpu" else nan_collected()
 
 
 @contextmanager
