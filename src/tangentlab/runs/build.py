@@ -99,7 +99,7 @@ def build_state(config: RunConfig, model: nn.Module) -> TrainingState:
         lr=config.training.learning_rate,
         momentum=config.training.momentum,
         weight_decay=config.training.weight_decay,
-        fused=trainable[0].is_cuda or None,
+        fused=all(map(_dense, trainable)),
     )
     averaged = None
     if config.training.ema_decay is not None:
@@ -107,6 +107,11 @@ def build_state(config: RunConfig, model: nn.Module) -> TrainingState:
         averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     loss_sum = torch.zeros((), dtype=torch.float64, device=trainable[0].device)
     return TrainingState(model=model, optimizer=optimizer, loss_sum=loss_sum, averaged=averaged)
+
+
+def _dense(parameter: nn.Parameter) -> bool:
+    """Whether it fills its memory; a fused optimizer takes the memory for granted."""
+    return torch.empty_like(parameter).stride() == parameter.stride()
 
 
 def learning_rate(config: RunConfig, steps: int) -> Callable[[int], float]:

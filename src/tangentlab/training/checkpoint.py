@@ -81,6 +81,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[dict[str, Any], d
             entries.setdefault(int(index), {})[name] = value
         groups = state.optimizer.state_dict()["param_groups"]
         state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        _lay_out(state.optimizer)
         state.loss_sum = tensors["loop/loss_sum"].to(state.loss_sum.device)
         state.step = metadata["step"]
         state.passes = Passes(*metadata["passes"])
@@ -118,6 +119,14 @@ def _weights(model: nn.Module, prefix: str = "model/") -> dict[str, Tensor]:
                 f"the model's state {name!r} is a {type(value).__name__}; checkpoints hold tensors"
             )
     return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Momenta in their parameters' memory layout: a fused optimizer pairs them as they lie there."""
+    for parameter, entry in optimizer.state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _load_weights(
