@@ -241,11 +241,15 @@ def test_lines_that_were_found_survive_an_attack_that_fails(
     assert [line["attack"] for line in read_run(run).evaluations] == ["none"]
 
 
-def test_flags_reach_the_user(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_reach_the_user(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     words = ["--attacks", "autoattack", "--checkpoints", "last", "--test_size", "20"]
     assert main(["evaluate", str(run), *words]) == 0
     evaluated = read_run(run)
     (line,) = evaluated.evaluations
+    line["settings"]["num_queries"] = 5000
     line["flags"] = [{"name": "square_wins", "text": "Square broke 3"}]
     (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
     capsys.readouterr()
@@ -253,6 +257,7 @@ def test_flags_reach_the_user(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "Flag: last, autoattack: Square broke 3 [square_wins]"
     assert "time" in out
+    assert "num_queries=5000" in out
     record = read_run(run)
     assert flags(record) == ["last, autoattack: Square broke 3 [square_wins]"]
     assert attack_columns(subjects([record])) == ["none", "fgsm", "pgd", "autoattack"]

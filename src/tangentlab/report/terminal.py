@@ -22,7 +22,7 @@ def evaluations_table(record: RunRecord) -> Table:
         low, high = line["interval"]
         when = "" if line["epoch"] is None else f", epoch {line['epoch']:.1f}"
         settings = "".join(
-            f" {key}={value if isinstance(value, str | bool) else format(value, '.3g')}"
+            f" {key}={format(value, '.3g') if isinstance(value, float) else value}"
             for key, value in line["settings"].items()
         )
         drawn.add_row(
