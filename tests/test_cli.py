@@ -230,6 +230,9 @@ def test_a_command_that_is_not_one(fails: Fails) -> None:
     assert "is not a folder" in fails("report", "absent")
     assert "0 is out of range" in fails("evaluate", "x", "--num_steps", 0)
     assert "a is out of range; a whole number" in fails("evaluate", "x", "--num_steps", "a")
+    assert "attack 'pdg' is unknown; did you mean 'pgd'?" in fails("evaluate", "x", "--attacks", "pdg")
+    assert "checkpoint 'x' is unknown" in fails("evaluate", "x", "--checkpoints", "x")
+    assert "is a setting of 'pgd'" in fails("evaluate", "x", "--attacks", "apgd", "--num_restarts", 2)
 
 
 def test_evaluating_what_has_no_checkpoint(fails: Fails, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
+    options.words = list(sys.argv[1:] if argv is None else argv)
     if rest and options.call is not _train:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if getattr(options, "allow_import", None):
@@ -77,7 +78,16 @@ def _parser() -> Parser:
 
     evaluate = commands.add_parser("evaluate", help="clean and robust accuracy of a run's checkpoints")
     evaluate.add_argument("run", type=Path, metavar="RUN")
-    evaluate.add_argument("--num_steps", type=_positive, help="PGD steps (default: the run's setting)")
+    evaluate.add_argument(
+        "--attacks", nargs="+", default=["none", "fgsm", "pgd"], metavar="ATTACK",
+        help="of none fgsm pgd apgd autoattack (default: none fgsm pgd)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--checkpoints", nargs="+", metavar="CHECKPOINT", help="of best last (default: those there are)"
+    )
+    evaluate.add_argument(
+        "--num_steps", type=_positive, help="PGD's steps (default: the run's setting), APGD's (default: 100)"
+    )
     evaluate.add_argument("--num_restarts", type=_positive, help="PGD restarts (default: the run's setting)")
     evaluate.add_argument("--test_size", type=_positive, help="test examples (default: the run's setting)")
     evaluate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -145,18 +155,30 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from tangentlab.records import read_run
-    from tangentlab.report.terminal import evaluations_table
+    from tangentlab.report.terminal import evaluations_table, flag_lines
     from tangentlab.runs import evaluate
+    from tangentlab.runs.display import EvaluationDisplay
 
-    evaluate(
-        options.run,
-        num_steps=options.num_steps,
-        num_restarts=options.num_restarts,
-        test_size=options.test_size,
-        device=options.device,
-        allow_import=options.allow_import,
-    )
-    _print(evaluations_table(read_run(options.run)))
+    try:
+        with EvaluationDisplay() as display:
+            evaluate(
+                options.run,
+                attacks=options.attacks,
+                checkpoints=options.checkpoints,
+                num_steps=options.num_steps,
+                num_restarts=options.num_restarts,
+                test_size=options.test_size,
+                device=options.device,
+                allow_import=options.allow_import,
+                progress=display,
+            )
+    except KeyboardInterrupt as error:
+        again = shlex.join(["tangentlab", *options.words])
+        raise InterruptedRunError(f"interrupted; go on with: {again}") from error
+    record = read_run(options.run)
+    _print(evaluations_table(record))
+    for line in flag_lines(record):
+        _print(line)
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> None:

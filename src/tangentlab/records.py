@@ -120,6 +120,7 @@ class Run:
             *folder.glob(".*.part"),
             *folder.glob("checkpoints/.*.part"),
             *folder.glob("kernels/.*.part"),
+            *folder.glob("evaluations/.*.part"),
         ):
             torn.unlink(missing_ok=True)
         return run
@@ -338,7 +339,8 @@ def _refuse_occupied(folder: Path) -> None:
 
 def _what_was_evaluated(line: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation without its outcome."""
-    return {k: v for k, v in line.items() if k not in ("correct", "accuracy", "interval", "seconds")}
+    outcome = {"correct", "accuracy", "interval", "seconds", "remaining", "flags"}
+    return {k: v for k, v in line.items() if k not in outcome}
 
 
 def _commit() -> str | None:

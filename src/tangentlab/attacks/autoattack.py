@@ -6,19 +6,17 @@ arXiv 2003.01690 and of RobustBench, linf and l2.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tangentlab import files, modes, randomness
+from tangentlab import modes, randomness
 from tangentlab.attacks.apgd import APGD, margins
 from tangentlab.attacks.fab import FAB
 from tangentlab.attacks.square import Square
@@ -34,15 +32,15 @@ from tangentlab.attacks.threat import (
     lengths,
     predicted,
 )
-from tangentlab.errors import CheckpointError, ConfigError, ModelError
+from tangentlab.attacks.verdicts import CLEAN, VerdictFile, Verdicts, evaluation_marks
+from tangentlab.errors import ConfigError, ModelError
 
 # The authors' thresholds (checks.py of fra31/auto-attack).
 RANDOM_FORWARDS = 5
 RANDOM_DIFFERENCE = 1e-4  # between logits divided by their norm
+ALWAYS_RANDOM = 1e30  # stands for an infinite difference, which JSON has not
 SQUARE_SHARE = 0.002  # of all points
 PROBABILITY_ERROR = 1e-5
-
-CLEAN = "clean"  # in ``broken_by`` and ``remaining``: before any attack
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,14 @@ class Evaluation:
         remaining: points still classified correctly: "clean", then after each attack, in order.
         broken_by: for each point None (robust), "clean" (misclassified without attack) or an attack's name.
         flags: reasons not to trust the number.
+        seconds: wall time, summed over the parts of an evaluation that was resumed; not compared.
     """
 
     n: int
     remaining: dict[str, int]
     broken_by: tuple[str | None, ...]
     flags: tuple[Flag, ...]
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def clean_accuracy(self) -> float:
@@ -206,56 +206,37 @@ class AutoAttack:
             stack.enter_context(modes.evaluation(model))
             stack.enter_context(torch.autocast(device.type, enabled=False))
             points = _Points(model, x, y, device, batch_size)
-            path = None if resume is None else Path(resume)
-            marks = _fingerprint(self, model, x, y, seed, batch_size) if path is not None else {}
-            state = None if path is None else _read_state(path, marks)
-            if state is None:
-                state = _State.at_start(points)
-                _write_state(path, marks, state)
-            attacks = self.attacks(state.num_classes)
-            for code, (name, attack) in enumerate(attacks.items(), start=2):
+            marks = {}
+            if resume is not None:
+                marks = evaluation_marks(asdict(self), model, x, y, seed=seed, batch_size=batch_size)
+            file = VerdictFile(None if resume is None else Path(resume), marks)
+            verdicts = file.read()
+            if verdicts is None:
+                verdicts = points.first_look()
+                file.write(verdicts)
+            attacks = self.attacks(int(verdicts.signs["num_classes"]))
+            for name, attack in attacks.items():
                 # Those that were left when this attack began: also when it was resumed in the middle.
-                here = ((state.codes == 0) | (state.codes == code)).nonzero().squeeze(1)
-                batches = here.split(batch_size) if len(here) else ()
+                here = [row for row, by in enumerate(verdicts.broken_by) if by in (None, name)]
+                batches = [here[start : start + batch_size] for start in range(0, len(here), batch_size)]
                 for number, rows in enumerate(batches):
-                    if number < state.done.get(name, 0):
+                    if number < verdicts.done.get(name, 0):
                         continue
                     stream = randomness.generator(seed, f"autoattack/{name}", number, device=device)
-                    fooled = points.fooled(attack, rows, stream)
-                    state.codes[rows[fooled]] = code
-                    state.done[name] = number + 1
-                    _write_state(path, marks, state)
+                    for row in points.fooled(attack, torch.tensor(rows), stream):
+                        verdicts.broken_by[row] = name
+                    verdicts.done[name] = number + 1
+                    file.write(verdicts)
                     if progress is not None:
-                        left = int((state.codes == 0).sum())
+                        left = verdicts.broken_by.count(None)
                         progress(f"{name}: batch {number + 1} of {len(batches)}, {left} of {len(x)} left")
-        found = _evaluation(state, list(attacks))
+            if not verdicts.finished:
+                verdicts.finished = True
+                file.write(verdicts)
+        found = _evaluation(verdicts, list(attacks))
         for flag in found.flags:
             warnings.warn(flag.text, stacklevel=2)
         return found
-
-
-@dataclass
-class _State:
-    """What is known so far. Codes: 0 still correct, 1 misclassified at first, 2 + i broken by attack i."""
-
-    codes: Tensor
-    done: dict[str, int]  # batches of each attack
-    num_classes: int
-    signs: dict[str, float]  # what the checks before the attacks measured
-
-    @classmethod
-    def at_start(cls, points: _Points) -> _State:
-        correct, num_classes, zero = [], 0, 0
-        for rows in torch.arange(len(points.x)).split(points.batch_size):
-            logits, without_gradient = points.look(rows)
-            num_classes = logits.shape[1]
-            if num_classes < 2:
-                raise ModelError(f"the model has {num_classes} class; an attack needs at least 2")
-            right = logits.argmax(dim=1).cpu() == points.y[rows].cpu()
-            zero += int((without_gradient.cpu() & right).sum())
-            correct.append(right)
-        signs = {"zero_gradients": float(zero), **points.first_batch_signs()}
-        return cls((~torch.cat(correct)).long(), {}, num_classes, signs)
 
 
 @dataclass(frozen=True)
@@ -273,11 +254,29 @@ class _Points:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x.to(self.device, dtype), y.to(self.device)
 
-    def fooled(self, attack: Attack, rows: Tensor, stream: torch.Generator) -> Tensor:
+    def first_look(self) -> Verdicts:
+        """Which points are misclassified without an attack, and the signs that the flags come from."""
+        broken: list[str | None] = []
+        num_classes, zero = 0, 0
+        for rows in torch.arange(len(self.x)).split(self.batch_size):
+            logits, without_gradient = self.look(rows)
+            num_classes = logits.shape[1]
+            if num_classes < 2:
+                raise ModelError(f"the model has {num_classes} class; an attack needs at least 2")
+            right = logits.argmax(dim=1).cpu() == self.y[rows.to(self.y.device)].cpu()
+            zero += int((without_gradient.cpu() & right).sum())
+            broken += [None if correct else CLEAN for correct in right.tolist()]
+        signs = {"num_classes": num_classes, "zero_gradients": zero, **self.first_batch_signs()}
+        return Verdicts(broken, signs=signs)
+
+    def fooled(self, attack: Attack, rows: Tensor, stream: torch.Generator) -> list[int]:
+        """Those of the rows that the attack breaks."""
         x, y = self.batch(rows)
         x_adv = attack(self.model, x, y, generator=stream)
         with crafting(self.model, x_adv, y):
-            return (predicted(self.model, x_adv).argmax(dim=1) != y).cpu()
+            fooled = (predicted(self.model, x_adv).argmax(dim=1) != y).cpu()
+        found: list[int] = rows[fooled].tolist()
+        return found
 
     def look(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The logits, and which points have a margin whose gradient is exactly 0."""
@@ -297,40 +296,33 @@ class _Points:
         sums = (outputs[0].sum(dim=1) - 1).abs().max()
         probable = float(outputs[0].min()) > -PROBABILITY_ERROR and float(sums) < PROBABILITY_ERROR
         return {
-            "difference": max(differences) if len(counts) == 1 else float("inf"),
+            "difference": min(max(differences), ALWAYS_RANDOM) if len(counts) == 1 else ALWAYS_RANDOM,
             "probabilities": float(probable),
         }
 
 
-def _evaluation(state: _State, attacks: list[str]) -> Evaluation:
-    names = [None, CLEAN, *attacks]
-    n = len(state.codes)
+def _evaluation(verdicts: Verdicts, attacks: list[str]) -> Evaluation:
+    broken = Counter(verdicts.broken_by)
+    n = left = len(verdicts.broken_by)
     remaining = {}
-    left = n
-    for code, name in enumerate(names[1:], start=1):
-        broken = int((state.codes == code).sum())
-        left -= broken
-        remaining[str(name)] = left
-    by_square = int((state.codes == len(names) - 1).sum())
-    return Evaluation(
-        n,
-        remaining,
-        tuple(names[code] for code in state.codes.tolist()),
-        tuple(_flags(state, n, remaining[CLEAN], by_square)),
-    )
+    for name in (CLEAN, *attacks):
+        left -= broken[name]
+        remaining[name] = left
+    flags = _flags(verdicts.signs, n, remaining[CLEAN], broken["square"])
+    return Evaluation(n, remaining, tuple(verdicts.broken_by), tuple(flags), verdicts.seconds)
 
 
-def _flags(state: _State, n: int, correct: int, by_square: int) -> list[Flag]:
+def _flags(signs: dict[str, float], n: int, correct: int, by_square: int) -> list[Flag]:
     found = []
-    if state.signs["difference"] > RANDOM_DIFFERENCE:
+    if signs["difference"] > RANDOM_DIFFERENCE:
         text = (
             "forwards of the same inputs differ: a randomised model needs gradients averaged over its noise"
         )
         found.append(Flag("randomised", text))
-    if state.signs["probabilities"]:
+    if signs["probabilities"]:
         text = "the outputs look like probabilities: pass the logits, whose gradients do not vanish"
         found.append(Flag("probabilities", text))
-    if zero := int(state.signs["zero_gradients"]):
+    if zero := int(signs["zero_gradients"]):
         text = (
             f"the gradient is exactly 0 at {zero} of {correct} correctly classified points: it may be masked "
             "(quantised inputs, saturation)"
@@ -342,9 +334,9 @@ def _flags(state: _State, n: int, correct: int, by_square: int) -> list[Flag]:
             "gradients may be masked, and the robust accuracy lower still"
         )
         found.append(Flag("square_wins", text))
-    if state.num_classes < 4:
-        instead = "the untargeted one is used" if state.num_classes == 3 else "only the cross-entropy is used"
-        text = f"{state.num_classes} classes: the targeted DLR loss is undefined below 4, {instead}"
+    if (num_classes := int(signs["num_classes"])) < 4:
+        instead = "the untargeted one is used" if num_classes == 3 else "only the cross-entropy is used"
+        text = f"{num_classes} classes: the targeted DLR loss is undefined below 4, {instead}"
         found.append(Flag("few_classes", text))
     return found
 
@@ -381,66 +373,3 @@ def _check_precision(model: nn.Module, x: Tensor) -> torch.device:
                 f"parameter {name} is {parameter.dtype}: gradients underflow; evaluate model.float()"
             )
     return next((parameter.device for parameter in model.parameters()), x.device)
-
-
-def _fingerprint(
-    attack: AutoAttack, model: nn.Module, x: Tensor, y: Tensor, seed: int, batch_size: int
-) -> dict[str, Any]:
-    """What a result depends on."""
-    weights = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        weights.update(name.encode())
-        if isinstance(value, Tensor):
-            _update(weights, value)
-    inputs, labels = hashlib.sha256(), hashlib.sha256()
-    _update(inputs, x)
-    _update(labels, y)
-    return {
-        "settings": asdict(attack),
-        "batch_size": batch_size,
-        "seed": seed,
-        "inputs": inputs.hexdigest(),
-        "labels": labels.hexdigest(),
-        "model": weights.hexdigest(),
-    }
-
-
-def _update(digest: Any, value: Tensor) -> None:
-    value = value.detach().cpu().contiguous()
-    digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-    digest.update(value.reshape(-1).view(torch.uint8).numpy())
-
-
-def _write_state(path: Path | None, marks: dict[str, Any], state: _State) -> None:
-    if path is None:
-        return
-    kept = {
-        "evaluation": marks,
-        "num_classes": state.num_classes,
-        "signs": {name: min(value, 1e30) for name, value in state.signs.items()},  # JSON has no infinity
-        "done": state.done,
-        "codes": state.codes.tolist(),
-    }
-    files.write_atomic(path, json.dumps(kept).encode())
-
-
-def _read_state(path: Path, marks: dict[str, Any]) -> _State | None:
-    if not path.exists():
-        return None
-    try:
-        kept = json.loads(path.read_bytes())
-        state = _State(
-            torch.tensor(kept["codes"], dtype=torch.long),
-            dict(kept["done"]),
-            int(kept["num_classes"]),
-            dict(kept["signs"]),
-        )
-        theirs = dict(kept["evaluation"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"resume={path} cannot be read: {type(error).__name__}: {error}") from error
-    differing = [name for name, value in marks.items() if theirs.get(name) != value]
-    if differing:
-        raise CheckpointError(
-            f"resume={path} belongs to another evaluation: {', '.join(differing)} differ; choose another file"
-        )
-    return state

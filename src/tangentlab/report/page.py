@@ -28,7 +28,7 @@ from tangentlab.report.interactive import specifications
 from tangentlab.report.paper import write_paper_figure
 from tangentlab.report.subject import Subject, subjects
 from tangentlab.report.summary import summary
-from tangentlab.report.table import attack_settings, data_name, table
+from tangentlab.report.table import attack_columns, attack_settings, data_name, flags, table
 
 _FOLDER = "figures"
 
@@ -66,7 +66,9 @@ def _render(runs: Sequence[Subject], figures: Sequence[Figure]) -> str:
         title=_title(runs),
         summary=summary(runs),
         rows=table(runs),
+        columns=["Clean" if name == "none" else palette.inputs_name(name) for name in attack_columns(runs)],
         attacks=attack_settings(runs),
+        flags=[f"{run.label}, {flag}" for run in runs for flag in flags(run.record)],
         figures=[_context(figure) for figure in figures],
         palette=palette,
         data=htmlsafe_json_dumps(_data(figures), separators=(",", ":"), allow_nan=False),

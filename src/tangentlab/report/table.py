@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tangentlab.records import RunRecord
 from tangentlab.report.figure import number
 from tangentlab.report.palette import inputs_name
 from tangentlab.report.subject import Subject, clean_text
 
 _ATTACKS = {"none": "clean_accuracy", "fgsm": "fgsm_accuracy", "pgd": "robust_accuracy"}
+_STRONGER = ("apgd", "autoattack")  # have a column where a run was evaluated under them
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Row:
-    """One run's row; accuracies are clean, FGSM, PGD."""
+    """One run's row; accuracies are those of :func:`attack_columns`."""
 
     run: Subject
     what: str
@@ -41,10 +43,17 @@ class Row:
 
 def table(runs: Sequence[Subject]) -> list[Row]:
     """A row a run. Test accuracies where the run was evaluated, else its own validation accuracies."""
-    return [_row(run) for run in runs]
+    attacks = attack_columns(runs)
+    return [_row(run, attacks) for run in runs]
 
 
-def _row(run: Subject) -> Row:
+def attack_columns(runs: Sequence[Subject]) -> list[str]:
+    """Attacks with a column: none, FGSM, PGD, and of the stronger ones those that some run was put to."""
+    evaluated = {line.get("attack") for run in runs for line in run.record.evaluations}
+    return [*_ATTACKS, *(attack for attack in _STRONGER if attack in evaluated)]
+
+
+def _row(run: Subject, attacks: Sequence[str]) -> Row:
     train, probe = _last(run, "train_seconds"), _last(run, "probe_seconds")
     cost = _last(run, "cost")
     return Row(
@@ -53,10 +62,10 @@ def _row(run: Subject) -> Row:
         state=run.record.state,
         progress=progress(run),
         message=clean_message(run),
-        best=_accuracies(run, "best"),
-        last=_accuracies(run, "last"),
+        best=_accuracies(run, "best", attacks),
+        last=_accuracies(run, "last", attacks),
         cost="–" if cost is None else f"{cost:,.0f}" if cost >= 100 else number(cost),
-        train_time="–" if train is None else _duration(train),
+        train_time="–" if train is None else duration(train),
         probe_share=f"{probe / train:.0%}" if probe is not None and train else "–",
         collapse=_collapse(run),
     )
@@ -66,6 +75,21 @@ def attack_settings(runs: Sequence[Subject]) -> list[str]:
     """The attacks that test accuracies were taken under, each once."""
     evaluated = [_tested(line).settings for run in runs for line in run.record.evaluations]
     return list(dict.fromkeys(settings for settings in evaluated if settings))
+
+
+def flags(record: RunRecord) -> list[str]:
+    """Why an evaluation may overestimate the robustness: "last, autoattack: reason [name]", each once."""
+    said = [
+        f"{line.get('checkpoint')}, {line.get('attack')}: {text} [{name}]"
+        for line in record.evaluations
+        for name, text in _flags(line)
+    ]
+    return list(dict.fromkeys(said))
+
+
+def _flags(line: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of each flag."""
+    return [(str(flag.get("name")), str(flag.get("text"))) for flag in line.get("flags") or ()]
 
 
 def what(run: Subject) -> str:
@@ -108,16 +132,16 @@ def _reached(run: Subject, unit: str) -> float | None:
     return max(logged, default=None)
 
 
-def _accuracies(run: Subject, checkpoint: str) -> tuple[Accuracy, ...]:
+def _accuracies(run: Subject, checkpoint: str, attacks: Sequence[str]) -> tuple[Accuracy, ...]:
     lines = [
         line
         for line in run.record.evaluations
         if line.get("checkpoint") == checkpoint and line.get("split") == "test"
     ]
     evaluated = {line.get("attack"): line for line in lines}  # the latest of each attack
-    if any(attack in evaluated for attack in _ATTACKS):
-        return tuple(_tested(evaluated.get(attack)) for attack in _ATTACKS)
-    return _validated(run, checkpoint)
+    if any(attack in evaluated for attack in attacks):
+        return tuple(_tested(evaluated.get(attack)) for attack in attacks)
+    return _validated(run, checkpoint, attacks)
 
 
 def _tested(line: Mapping[str, Any] | None) -> Accuracy:
@@ -129,18 +153,18 @@ def _tested(line: Mapping[str, Any] | None) -> Accuracy:
     named = inputs_name(str(line.get("attack"))) if line.get("attack") != "none" else "no attack"
     return Accuracy(
         f"{line['accuracy']:.1%}",
-        (*interval, f"n {line.get('n', '?')}"),
+        (*interval, f"n {line.get('n', '?')}", *(f"flag: {name}" for name, _ in _flags(line))),
         f"{named}: {settings}" if settings else "",
     )
 
 
-def _validated(run: Subject, checkpoint: str) -> tuple[Accuracy, ...]:
+def _validated(run: Subject, checkpoint: str, attacks: Sequence[str]) -> tuple[Accuracy, ...]:
     robust = run.curve("robust_accuracy")
     chosen = robust or run.curve("clean_accuracy")
     if not chosen:
-        return (Accuracy("–"),) * len(_ATTACKS)
+        return (Accuracy("–"),) * len(attacks)
     when = chosen.x[chosen.y.index(max(chosen.y))] if checkpoint == "best" else chosen.x[-1]
-    curves = [run.curve(name) for name in _ATTACKS.values()]
+    curves = [run.curve(_ATTACKS.get(attack, "")) for attack in attacks]
     return tuple(
         Accuracy(f"{curve.at_or_before(when):.1%}", ("validation",)) if curve else Accuracy("–")
         for curve in curves
@@ -164,7 +188,8 @@ def _named(section: object) -> str:
     return str(section) if section else ""
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     if seconds < 7200:

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from tangentlab.training import TrainingState
 
@@ -72,3 +80,29 @@ class ProgressDisplay:
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
+
+
+class EvaluationDisplay:
+    """One line that changes, on a terminal; nothing elsewhere. Called with what is being done."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
+        self._line = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._line.add_task("evaluating", total=None)
+
+    def __call__(self, text: str) -> None:
+        self._line.update(self._task, description=text)
+
+    def __enter__(self) -> Self:
+        self._line.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._line.stop()

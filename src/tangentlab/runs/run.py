@@ -39,7 +39,7 @@ from tangentlab.runs.build import (
     resolve_device,
 )
 from tangentlab.runs.config import RunConfig
-from tangentlab.runs.evaluation import checkpoint_path, evaluate_checkpoints
+from tangentlab.runs.evaluation import CHECKPOINTS, build_attacks, checkpoint_path, evaluate_checkpoints
 from tangentlab.runs.hooks import (
     Checkpointing,
     Display,
@@ -300,8 +300,8 @@ def _finish(
         config,
         examples,
         model,
-        num_steps=config.evaluation.test_num_steps,
-        num_restarts=config.evaluation.test_num_restarts,
+        attacks=build_attacks(config),
+        checkpoints=CHECKPOINTS,
         test_size=config.evaluation.test_size,
     )
     run.write_status(state="finished", **progress(checkpointing, state))
