@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import signal
 import subprocess
 import sys
 import time
@@ -90,7 +91,10 @@ def run(out: Path, data: Path, *, minutes: float, smoke: bool) -> None:
             lambda: [kernel_timing(device, w, n, smoke) for w, n in ((16, 128), (64, 32), (64, 128))],
         ),
         ("steps", lambda: [step_timing(device, w, smoke) for w in (16, 64)]),
-        ("training", lambda: training(out, data, deadline, smoke)),
+        ("n_fgsm", lambda: training("n_fgsm", out, data, deadline, smoke)),
+        ("pgd", lambda: training("pgd", out, data, deadline, smoke)),
+        ("n_fgsm-autoattack", lambda: autoattack("n_fgsm", out, deadline, smoke)),
+        ("pgd-autoattack", lambda: autoattack("pgd", out, deadline, smoke)),
     ]
     for name, stage in stages:
         if time.monotonic() > deadline:
@@ -144,33 +148,54 @@ def step_timing(device: torch.device, width: int, smoke: bool) -> dict[str, Any]
     return found
 
 
-def training(out: Path, data: Path, deadline: float, smoke: bool) -> dict[str, Any]:
-    """PreActResNet-18 on CIFAR-10 with PGD-10, bf16; goes on where the last call stopped."""
-    name, words = "cifar10", ["--precision", "bf16", "--evaluation.every", "5", "--probe.every", "5"]
-    words += ["--training.epochs", "30", "--training.schedule", "cyclic"]
-    if smoke:
-        name, words = "digits", ["--training.epochs", "1", "--evaluation.test_num_steps", "1"]
-    else:
-        words += ["--data.root", str(unpack(data))]
-    folder = (out / name).resolve()
-    command = [
-        sys.executable,
-        "-m",
-        "tangentlab.cli",
-        "train",
-        name,
-        "--out",
-        str(folder),
-        "--resume",
-        *words,
+def training(method: str, out: Path, data: Path, deadline: float, smoke: bool) -> dict[str, Any]:
+    """PreActResNet-18 on CIFAR-10 with N-FGSM or PGD-10, in bf16, 30 epochs for both (de Jorge et al. 2022);
+    goes on where the last call stopped."""
+    words = [
+        "--precision",
+        "bf16",
+        "--channels_last",
+        "true",
+        "--evaluation.every",
+        "5",
+        "--probe.every",
+        "5",
     ]
-    process = subprocess.Popen(command, cwd=ROOT)
+    if smoke:
+        name = "digits"
+        words += ["--method", method, "--training.epochs", "1", "--evaluation.test_num_steps", "1"]
+    else:
+        name = {"n_fgsm": "cifar10-n-fgsm", "pgd": "cifar10"}[method]
+        words += [
+            "--training.epochs",
+            "30",
+            "--training.schedule",
+            "cyclic",
+            "--training.learning_rate",
+            "0.2",
+        ]
+        words += ["--data.padding", "zero", "--data.root", str(unpack(data))]
+    folder = (out / method).resolve()
+    tangentlab(["train", name, "--out", str(folder), "--resume", *words], deadline)
+    return read_run(folder).status
+
+
+def autoattack(method: str, out: Path, deadline: float, smoke: bool) -> list[dict[str, Any]]:
+    """AutoAttack on all test points (in the smoke test: on four) of the run's best and last checkpoints."""
+    folder = (out / method).resolve()
+    size = ["--test_size", "4"] if smoke else []
+    tangentlab(["evaluate", str(folder), "--attacks", "autoattack", *size], deadline)
+    return [line for line in read_run(folder).evaluations if line["attack"] == "autoattack"]
+
+
+def tangentlab(words: list[str], deadline: float) -> None:
+    """Run the command until it ends or the time is up; it then stops and saves."""
+    process = subprocess.Popen([sys.executable, "-m", "tangentlab.cli", *words], cwd=ROOT)
     try:
         process.wait(timeout=max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        process.terminate()  # it stops at the next step and saves
+        process.send_signal(signal.SIGINT)
         process.wait()
-    return read_run(folder).status
 
 
 def problem(device: torch.device, width: int, n: int) -> tuple[nn.Module, Tensor, Tensor]:

@@ -13,10 +13,13 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def test_the_gpu_lease_is_ready(tmp_path: Path) -> None:
     command = [sys.executable, BENCHMARKS / "gpu.py", "run", str(tmp_path), "--smoke"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    for stage in ("checks", "kernels", "steps", "training"):
+    runs = ("n_fgsm", "pgd")
+    for stage in ("checks", "kernels", "steps", *runs, *(f"{run}-autoattack" for run in runs)):
         result = json.loads((tmp_path / f"{stage}.json").read_text())["result"]
         assert "error" not in result, stage
-    assert result["state"] == "finished"
+        if stage in runs:
+            assert result["state"] == "finished"
+    assert {line["n"] for line in result} == {4}
 
 
 def test_cifar_is_packed_in_parts_and_unpacked(tmp_path: Path) -> None:
