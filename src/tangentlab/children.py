@@ -105,6 +105,8 @@ def answer(work: Callable[[Any], Mapping[str, str]]) -> None:
     channel = os.dup(1)
     os.dup2(2, 1)  # what the work prints is no answer
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "pthread_sigmask"):  # Ray's workers block it, and a child begins as they are
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     # Unbuffered: no lock is held when the interpreter ends while the thread still reads.
     requests = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115
     request = json.loads(requests.readline())
