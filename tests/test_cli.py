@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tangentlab.cli import main
+from tangentlab.metrics import mean_interval
 from tangentlab.records import read_run
 from tangentlab.runs import load_config, shipped_configs
 from tiny import TINY
@@ -286,3 +287,54 @@ def test_importing_is_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_seeds_are_trained_tabled_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("name: mine\nthreads: 1\nmethod: {name: pgd}\n")
+    words = ["train", "c.yaml", *TINY, "--training.epochs=1", "--probe.size=0", "--seeds", "3", "0"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    records = [read_run(Path("runs/mine") / f"seed-{seed}") for seed in (3, 0)]
+    assert [record.config["seed"] for record in records] == [3, 0]
+    clean = [record.evaluations[0]["accuracy"] for record in records]
+    low, high = mean_interval(clean)
+    for shown in (*clean, sum(clean) / 2, (high - low) / 2):
+        assert f"{shown:.1%}" in out
+    assert "Report: runs/mine/report.html" in out
+    assert Path("runs/mine/report.html").exists()
+    assert main([*words, "--resume"]) == 0  # nothing is run again
+    assert capsys.readouterr().err.count("already finished") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "0", "1", "0"], "--seeds names 0 more than once"),
+        (["--seeds", "-1"], "-1 is no seed; a whole number of at least 0"),
+        (["--seeds", "one"], "one is no seed"),
+        (["--seeds"], "expected at least one argument"),
+        (["--seeds", "0", "--seed", "3"], "--seed 3 and --seeds exclude each other"),
+        (["--seeds", "0", "--jobs", "0"], "0 is out of range; a whole number of at least 1"),
+        (["--seeds", "0", "--backend", "slurm"], "backend 'slurm' is unknown; choose from 'loky'"),
+        (
+            ["--seeds", "0", "1", "--data.train_size", "100000"],
+            "tangentlab: train_size=100000 is out of range",
+        ),
+        (["--jobs", "2"], "--jobs 2 is for --seeds"),
+        (["--backend", "dask"], "--backend dask is for --seeds"),
+        (["--seeds", "0", "--processes", "2"], "processes=2 is for a run by itself"),
+    ],
+)
+def test_bad_seeds(fails: Fails, tmp_path: Path, words: list, message: str) -> None:
+    assert message in fails("train", "digits", *TINY, "--out", tmp_path / "runs", *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_seeds_do_not_go_into_a_runs_own_folder(fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: run\n")
+    message = fails("train", "digits", "--out", tmp_path / "run", "--seeds", "0")
+    assert "is a run's own folder; give another --out" in message

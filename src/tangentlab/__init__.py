@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tangentlab.randomness import generator
     from tangentlab.records import Measurement, Run, RunRecord, read_run
     from tangentlab.report import write_report
-    from tangentlab.runs import RunConfig, evaluate, load_config, train
+    from tangentlab.runs import RunConfig, evaluate, load_config, train, train_many
 
 # name -> (module, attribute); no attribute: the module itself
 _EXPORTS: dict[str, tuple[str, str | None]] = {
@@ -37,6 +37,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "evaluate": ("runs", "evaluate"),
     "load_config": ("runs", "load_config"),
     "train": ("runs", "train"),
+    "train_many": ("runs", "train_many"),
 }
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "ntk",
     "read_run",
     "train",
+    "train_many",
     "write_report",
 ]
 

@@ -6,12 +6,16 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tangentlab import __version__
-from tangentlab.errors import DivergedError, InterruptedRunError, TangentlabError
+from tangentlab.errors import DivergedError, InterruptedRunError, RunFolderError, TangentlabError
+
+if TYPE_CHECKING:
+    from tangentlab.runs import RunConfig
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -69,6 +73,11 @@ def _parser() -> Parser:
     train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, run folder, or shipped name")
     train.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     train.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    train.add_argument("--seeds", type=_seed, nargs="+", metavar="SEED",
+                       help="a run a seed, in OUT/seed-SEED: finished ones stay, others go on")  # fmt: skip
+    train.add_argument("--jobs", type=_positive, help="with --seeds: runs at a time (default: 1)")
+    train.add_argument("--backend", metavar="NAME",
+                       help="with --seeds: loky (processes here, the default), dask or ray")  # fmt: skip
     train.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
     train.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE",
                        help="package that a model may be imported from")  # fmt: skip
@@ -142,6 +151,12 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     if options.print_config:
         _print(configs.dump(config))
         return
+    if options.seeds:
+        _train_seeds(options, config, configs.parse_overrides(rest))
+        return
+    for name in ("jobs", "backend"):
+        if getattr(options, name) is not None:
+            options.parser.error(f"--{name} {getattr(options, name)} is for --seeds")
     given = Path(options.config)
     out = options.out or (given if (given / "config.yaml").is_file() else None)
     with ProgressDisplay() as display:
@@ -151,6 +166,41 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     _print(evaluations_table(record))
     _print(f"Run: {record.folder}")
     _print(f"Report: {_write_report([record.folder], None)}")
+
+
+def _train_seeds(options: argparse.Namespace, config: RunConfig, overrides: Mapping[str, Any]) -> None:
+    from tangentlab.records import read_run
+    from tangentlab.report.terminal import seeds_table
+    from tangentlab.runs import check_outcomes, train_many
+    from tangentlab.runs.display import ProgressDisplay
+
+    if "seed" in overrides:
+        options.parser.error(f"--seed {overrides['seed']} and --seeds exclude each other")
+    repeated = sorted({seed for seed in options.seeds if options.seeds.count(seed) > 1})
+    if repeated:
+        options.parser.error(f"--seeds names {', '.join(map(str, repeated))} more than once")
+    out = options.out or Path("runs") / config.name
+    if (out / "config.yaml").exists():
+        raise RunFolderError(f"{out} is a run's own folder; give another --out for the runs of --seeds")
+    runs = {out / f"seed-{seed}": replace(config, seed=seed) for seed in options.seeds}
+    with ProgressDisplay() as display:
+        outcomes = train_many(
+            runs,
+            jobs=options.jobs or 1,
+            backend=options.backend or "loky",
+            allow_import=options.allow_import,
+            display=display,
+        )
+    finished = [outcome.folder for outcome in outcomes if outcome.state.endswith("finished")]
+    if finished:
+        _print(seeds_table([read_run(folder) for folder in finished]))
+        _print(f"Report: {_write_report(finished, out / 'report.html')}")
+    try:
+        check_outcomes(outcomes)
+    except InterruptedRunError as error:
+        raise InterruptedRunError(
+            f"{error}; go on with: {shlex.join(['tangentlab', *options.words])}"
+        ) from error
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
@@ -194,6 +244,12 @@ def _write_report(runs: list[Path], out: Path | None) -> Path:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is out of range; a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no seed; a whole number of at least 0")
     return int(text)
 
 

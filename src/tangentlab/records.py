@@ -88,6 +88,7 @@ class Run:
             # Last: a folder with a configuration is a run.
             write_atomic(folder / "config.yaml", _yaml({"schema": SCHEMA, **(config or {})}))
         except BaseException:
+            run._unfinished = False  # nor is it finished
             run.close()
             raise
         return run

@@ -1,4 +1,4 @@
-"""Wilson's interval against its defining equation, tables and its coverage."""
+"""Wilson's interval against its defining equation, tables and its coverage; Student's against SciPy."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from tangentlab.errors import ConfigError
-from tangentlab.metrics import wilson_interval
+from tangentlab.metrics import mean_interval, wilson_interval
 
 
 def test_published_values() -> None:
@@ -55,3 +56,23 @@ def test_coverage_of_ninety_five_percent() -> None:
 def test_refusals(arguments: tuple, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         wilson_interval(*arguments)
+
+
+def test_the_interval_of_a_mean_is_scipys() -> None:
+    values = [0.31, 0.35, 0.29, 0.36]
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.9)
+    assert mean_interval(values, 0.9) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert mean_interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "confidence", "message"),
+    [
+        ([1.0], 0.95, "n=1 values; an interval of their mean takes at least 2"),
+        ([1.0, math.nan], 0.95, "the value nan is not finite"),
+        ([1.0, 2.0], 1.0, "confidence=1.0 is out of range"),
+    ],
+)
+def test_bad_values_of_a_mean(values: list[float], confidence: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mean_interval(values, confidence)

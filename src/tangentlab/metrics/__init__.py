@@ -14,7 +14,7 @@ from tangentlab.metrics.distance import (
     kernel_distance,
     kernel_velocity,
 )
-from tangentlab.metrics.intervals import Interval, wilson_interval
+from tangentlab.metrics.intervals import Interval, mean_interval, wilson_interval
 from tangentlab.metrics.overfitting import (
     PARTING_DISTANCE,
     Collapse,
@@ -54,6 +54,7 @@ __all__ = [
     "kernel_specialization",
     "kernel_target_alignment",
     "kernel_velocity",
+    "mean_interval",
     "participation_ratio",
     "parting_epoch",
     "specialization_score",

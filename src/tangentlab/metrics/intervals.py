@@ -1,11 +1,14 @@
-"""Wilson's interval for a proportion, such as an accuracy on n test points.
+"""Wilson's interval for a proportion, such as an accuracy on n test points; Student's for a mean over seeds.
 
-Wilson (1927), "Probable inference, the law of succession, and statistical inference", eq. 2.
+Wilson (1927), "Probable inference, the law of succession, and statistical inference", eq. 2. Student (1908),
+"The probable error of a mean".
 """
 
 from __future__ import annotations
 
-from statistics import NormalDist
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
 from tangentlab.errors import ConfigError
@@ -39,8 +42,7 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
         raise ConfigError(f"n={n} trials; an interval takes at least 1")
     if not 0 <= correct <= n:
         raise ConfigError(f"correct={correct} of n={n} trials; choose from 0 to {n}")
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence={confidence} is out of range; choose between 0 and 1, such as 0.95")
+    _check_confidence(confidence)
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     p, shrink = correct / n, 1 + z**2 / n
     middle = (p + z**2 / (2 * n)) / shrink
@@ -49,3 +51,39 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
     low = 0.0 if correct == 0 else middle - half
     high = 1.0 if correct == n else middle + half
     return Interval(low, high)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """x̄ ± t s/√n: the interval of the mean of independent values, such as one a seed.
+
+    s is the sample standard deviation (n − 1) and t the two-sided Student quantile with n − 1 degrees of
+    freedom: 12.7 for two values, 4.3 for three. Of accuracies the ends may lie outside [0, 1].
+
+    Args:
+        values: at least 2, finite.
+        confidence: in (0, 1).
+
+    Raises:
+        ConfigError: too few values, one that is not finite, confidence out of range.
+
+    >>> low, high = mean_interval([1.0, 2.0, 3.0])
+    >>> round(low, 4), round(high, 4)
+    (-0.4841, 4.4841)
+    """
+    from scipy.special import stdtrit
+
+    n = len(values)
+    if n < 2:
+        raise ConfigError(f"n={n} values; an interval of their mean takes at least 2")
+    for value in values:
+        if not math.isfinite(value):
+            raise ConfigError(f"the value {value} is not finite")
+    _check_confidence(confidence)
+    half = float(stdtrit(n - 1, (1 + confidence) / 2)) * stdev(values) / math.sqrt(n)
+    mean = fmean(values)
+    return Interval(mean - half, mean + half)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence={confidence} is out of range; choose between 0 and 1, such as 0.95")

@@ -42,7 +42,14 @@ _STYLES: dict[str, Style] = {
     "clean~pgd": "dot",
     "fgsm~pgd": "solid",
 }
-_NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "apgd": "APGD", "autoattack": "AutoAttack"}
+_NAMES = {
+    "none": "clean",
+    "clean": "clean",
+    "fgsm": "FGSM",
+    "pgd": "PGD",
+    "apgd": "APGD",
+    "autoattack": "AutoAttack",
+}
 
 
 def run_colour(place: int) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from rich.table import Table
 
+from tangentlab.metrics import mean_interval
 from tangentlab.records import RunRecord
+from tangentlab.report.palette import inputs_name
 from tangentlab.report.subject import subjects
-from tangentlab.report.table import duration, flags, table
+from tangentlab.report.table import attack_columns, duration, flags, table
 
 
 def evaluations_table(record: RunRecord) -> Table:
@@ -39,6 +42,42 @@ def evaluations_table(record: RunRecord) -> Table:
 def flag_lines(record: RunRecord) -> list[str]:
     """What stands below that table: a line a flag."""
     return [f"Flag: {flag}" for flag in flags(record)]
+
+
+def seeds_table(records: Sequence[RunRecord]) -> Table:
+    """A row a seed, test accuracies of best and last; then their means and 95 % Student intervals."""
+    drawn = Table(title=f"{records[0].name}: test accuracy over seeds", title_justify="left")
+    drawn.add_column("seed")
+    columns = [
+        (checkpoint, attack)
+        for checkpoint in ("best", "last")
+        for attack in attack_columns(subjects(records))
+    ]
+    found = [
+        {
+            (line.get("checkpoint"), line.get("attack")): line["accuracy"]
+            for line in record.evaluations
+            if line.get("split") == "test"
+        }
+        for record in records
+    ]
+    values = [[accuracy[column] for accuracy in found if column in accuracy] for column in columns]
+    for checkpoint, attack in columns:
+        drawn.add_column(f"{checkpoint} {inputs_name(attack)}", justify="right")
+    for record, accuracy in zip(records, found, strict=True):
+        drawn.add_row(str(record.config["seed"]), *(_percent(accuracy.get(column)) for column in columns))
+    drawn.add_section()
+    drawn.add_row("mean", *(_percent(fmean(column) if column else None) for column in values))
+    halves = []  # Student's interval is symmetric
+    for column in values:
+        interval = mean_interval(column) if len(column) > 1 else None
+        halves.append(None if interval is None else (interval.high - interval.low) / 2)
+    drawn.add_row("± (95 %)", *map(_percent, halves))
+    return drawn
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
 
 
 def runs_table(records: Sequence[RunRecord]) -> Table:

@@ -2,7 +2,20 @@
 
 from tangentlab.runs.config import RunConfig
 from tangentlab.runs.evaluation import evaluate
+from tangentlab.runs.many import BACKENDS, Outcome, check_outcomes, train_many
 from tangentlab.runs.parsing import load_config, resolve, shipped_configs
 from tangentlab.runs.run import is_first_process, train
 
-__all__ = ["RunConfig", "evaluate", "is_first_process", "load_config", "resolve", "shipped_configs", "train"]
+__all__ = [
+    "BACKENDS",
+    "Outcome",
+    "RunConfig",
+    "check_outcomes",
+    "evaluate",
+    "is_first_process",
+    "load_config",
+    "resolve",
+    "shipped_configs",
+    "train",
+    "train_many",
+]

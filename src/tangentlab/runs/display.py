@@ -71,8 +71,12 @@ class ProgressDisplay:
             self.console.print(f"{self._name}  epoch {epoch}  {line}", highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
+        """A line above the bars, about the run that is shown."""
+        self.note(f"{self._name}: {text}")
+
+    def note(self, text: str) -> None:
         """A line above the bars."""
-        self.console.print(f"{self._name}: {text}", highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -40,6 +40,10 @@ class Display(Protocol):
 
     def say(self, text: str) -> None:
         """One line about the run."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One line about any run."""
         ...
 
 
@@ -216,9 +220,13 @@ class Stopping:
 
 
 class Interruption:
-    """Ctrl-C asks for a stop at the next step boundary; a second one stops at once."""
+    """Ctrl-C asks for a stop at the next step boundary; a second one stops at once.
 
-    def __init__(self) -> None:
+    ``tell`` is called when a stop is asked for.
+    """
+
+    def __init__(self, tell: Callable[[], None] | None = None) -> None:
+        self._tell = tell
         self.asked = False
         self.at_once = False
         self._heard = False  # by this process; another may have asked
@@ -239,6 +247,8 @@ class Interruption:
             if self._heard or self.at_once:
                 raise KeyboardInterrupt
             self._heard = self.asked = True
+            if self._tell is not None:
+                self._tell()
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -95,7 +95,7 @@ def train(
         torch.set_num_threads(config.threads or torch.get_num_threads())
         # Everything that can be wrong is tried before the folder is made and other processes are started.
         examples = _rehearse(config, allow_import)
-        run = stack.enter_context(_open(folder, config, resume)) if _is_to_be_first() else None
+        run = stack.enter_context(_open(folder, config, resume, allow_import)) if _is_to_be_first() else None
         try:
             fabric = _fabric(config)
             fabric.launch()
@@ -262,7 +262,7 @@ def _hooks(
         hooks.append(Probing(probe, log, every_steps(config.probe.every, per_epoch)))
     hooks.append(Recording(log))
     if display is not None:
-        display.start(config.name, epochs=config.training.epochs, steps_per_epoch=per_epoch)
+        display.start(run.folder.absolute().name, epochs=config.training.epochs, steps_per_epoch=per_epoch)
         hooks.append(Showing(display, log))
     return checkpointing, [*hooks, checkpointing]
 
@@ -307,20 +307,37 @@ def _finish(
     run.write_status(state="finished", **progress(checkpointing, state))
 
 
-def _open(folder: Path, config: RunConfig, resume: bool) -> Run:
+def _open(folder: Path, config: RunConfig, resume: bool, allow_import: Iterable[str]) -> Run:
     if not resume or not (folder / "config.yaml").exists():
         return Run.create(folder, config.to_dict())
     run = Run.open(folder)
     try:
-        _check_same(read_run(folder).config, config, folder)
+        _check_same(read_run(folder).config, config, folder, allow_import)
     except BaseException:
         run.close()
         raise
     return run
 
 
-def _check_same(saved: dict[str, Any], config: RunConfig, folder: Path) -> None:
-    """A resumed run is the same run: the first setting that differs is named."""
+def is_finished(folder: Path, config: RunConfig, *, allow_import: Iterable[str] = ()) -> bool:
+    """Whether the folder holds the run of this configuration, trained and evaluated to its end."""
+    try:
+        record = read_run(folder)
+        _check_same(record.config, resolve(config.to_dict(), allow_import=allow_import), folder, allow_import)
+    except TangentlabError:
+        return False
+    return record.state == "finished"
+
+
+def _check_same(saved: dict[str, Any], config: RunConfig, folder: Path, allow_import: Iterable[str]) -> None:
+    """A resumed run is the same run: the first setting that differs is named.
+
+    A setting younger than the folder has its default.
+    """
+    try:
+        saved = resolve(saved, allow_import=allow_import).to_dict()
+    except TangentlabError as error:
+        raise ConfigError(f"{folder}/config.yaml: {error}") from error
     own = config.to_dict()
     for key in sorted({*saved, *own}):
         if saved.get(key) != own.get(key):

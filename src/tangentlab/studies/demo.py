@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tangentlab.records import RunRecord, read_run
 from tangentlab.report import write_report
-from tangentlab.runs import RunConfig, load_config, train
+from tangentlab.runs import RunConfig, check_outcomes, load_config, train_many
 from tangentlab.runs.hooks import Display
 
 METHODS = ("standard", "fgsm", "pgd")
@@ -35,16 +35,9 @@ def run_demo(
 
     What ``out`` holds of them already is kept: finished runs as they are, the others go on.
     """
-    records = [_trained(demo_config(method, seed), out / "runs" / method, display) for method in METHODS]
-    return records, write_report([record.folder for record in records], out / "report.html")
-
-
-def _trained(config: RunConfig, folder: Path, display: Display | None) -> RunRecord:
-    if (folder / "config.yaml").exists():
-        record = read_run(folder)
-        if record.state == "finished" and record.config == config.to_dict():
-            return record
-    return train(config, folder, resume=True, display=display)
+    runs = {out / "runs" / method: demo_config(method, seed) for method in METHODS}
+    check_outcomes(train_many(runs, display=display))
+    return [read_run(folder) for folder in runs], write_report(list(runs), out / "report.html")
 
 
 def free_folder(folder: Path) -> Path:
