@@ -216,12 +216,16 @@ class Stopping:
 
 
 class Interruption:
-    """Ctrl-C asks for a stop at the next step boundary; a second one stops at once."""
+    """Ctrl-C, or a batch system's notice, asks for a stop at the next step boundary; a second Ctrl-C stops at
+    once.
+
+    ``heard`` says that this process was asked; ``asked``, that all of them stop, as they agree at each step.
+    """
 
     def __init__(self) -> None:
         self.asked = False
         self.at_once = False
-        self._heard = False  # by this process; another may have asked
+        self.heard = False
 
     def stop(self, step: int, steps: int) -> None:
         """Raise InterruptedRunError where a stop was asked for and something is left to do."""
@@ -236,9 +240,10 @@ class Interruption:
             return
 
         def ask(number: int, _: object) -> None:
-            if self._heard or self.at_once:
+            # Launchers pass SIGTERM on to processes that have it already.
+            if self.at_once or (self.heard and number == signal.SIGINT):
                 raise KeyboardInterrupt
-            self._heard = self.asked = True
+            self.heard = True
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
