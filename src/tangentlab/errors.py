@@ -51,7 +51,7 @@ class InterruptedRunError(TangentlabError):
 
 
 class OtherProcessError(TangentlabError):
-    """Another process of the same run cannot begin; its own message follows."""
+    """Another process of the same run cannot begin, or is lost."""
 
 
 def unknown_choice(what: str, value: object, choices: Iterable[str]) -> str:

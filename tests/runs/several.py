@@ -1,16 +1,20 @@
-"""Trains one configuration after another in the processes that torchrun starts: ``several.py RUNS.json``."""
+"""Trains one configuration after another in the processes that torchrun starts: ``several.py RUNS.json``.
+
+Runs that end early leave OUT-RANK.txt.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tangentlab.errors import InterruptedRunError
+from tangentlab.errors import TangentlabError
 from tangentlab.runs import load_config, train
 from tangentlab.training import TrainingState
 
@@ -33,7 +37,9 @@ class Ends:
 
 
 for run in json.loads(Path(sys.argv[1]).read_text()):
-    end = run.get("end")
+    end, rank = run.get("end"), os.environ["RANK"]
+    if rank == "0" and run.get("full"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
     try:
         train(
             load_config("digits", run["words"]),
@@ -41,5 +47,5 @@ for run in json.loads(Path(sys.argv[1]).read_text()):
             resume=run.get("resume", False),
             display=Ends(end) if end else None,
         )
-    except InterruptedRunError:
-        assert end
+    except TangentlabError as error:
+        Path(f"{run['out']}-{rank}.txt").write_text(f"{type(error).__name__}: {error}")

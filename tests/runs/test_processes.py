@@ -85,7 +85,8 @@ def share_words(method: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two processes: curve-METHOD, share-METHOD, and resumed-METHOD, stopped in the second epoch."""
+    """Runs of two processes: curve-METHOD, share-METHOD, and resumed-METHOD, stopped in the second epoch;
+    full, which cannot be saved."""
     folder = tmp_path_factory.mktemp("pair")
     runs: list[dict[str, object]] = [
         {"words": curve_words(method), "out": f"curve-{method}"} for method in CURVES
@@ -95,6 +96,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps = 6 if method == "free" else 3  # an epoch
         resumed = {"words": share_words(method), "out": f"resumed-{method}"}
         runs += [{**resumed, "end": steps + 1}, {**resumed, "resume": True}]
+    runs += [{"words": curve_words("atta"), "out": "full", "full": True}]
     for run in runs:
         run |= {"words": [*run["words"], "--processes", "2"], "out": str(folder / run["out"])}
     (folder / "runs.json").write_text(json.dumps(runs))
@@ -140,6 +142,13 @@ def test_two_processes_resume_what_they_stored(method: str, pair: Path) -> None:
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_a_full_disk_of_the_first_process_ends_the_others(pair: Path) -> None:
+    first, second = ((pair / f"full-{rank}.txt").read_text() for rank in range(2))
+    assert re.fullmatch("StorageError: cannot write .*: File too large", first)
+    assert re.fullmatch(r"OtherProcessError: another process is lost at step \d", second)
+    assert not list(pair.glob("[!rf]*.txt"))  # no other failed
 
 
 class Exchange:

@@ -7,6 +7,7 @@ its launcher, by torchrun, or by srun.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -141,6 +142,22 @@ def meet(fabric: Any, error: TangentlabError | None) -> None:
     for rank, text in enumerate(errors):
         if text is not None:
             raise OtherProcessError(f"process {rank}: {text}") from error
+
+
+def wrap(fabric: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    """What the loss goes through."""
+    with warnings.catch_warnings():
+        # Its new name is not known to every PyTorch that we run on.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated")
+        wrapped: nn.Module
+        wrapped, _ = fabric.setup(model, optimizer)
+    return wrapped
+
+
+def is_lost_connection(error: RuntimeError | ValueError) -> bool:
+    """Whether the error is that another process is gone; that one tells why."""
+    lost = ("closed by peer", "reset by peer", "Broken pipe")
+    return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in lost)
 
 
 def share(fabric: Any) -> Share:

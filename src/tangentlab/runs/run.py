@@ -18,6 +18,7 @@ from tangentlab.errors import (
     ConfigError,
     InterruptedRunError,
     ModelError,
+    OtherProcessError,
     TangentlabError,
     first_line,
 )
@@ -48,7 +49,16 @@ from tangentlab.runs.hooks import (
     progress,
 )
 from tangentlab.runs.parsing import build_method, resolve
-from tangentlab.runs.processes import agree, check_size, connect, launch, meet, share
+from tangentlab.runs.processes import (
+    agree,
+    check_size,
+    connect,
+    is_lost_connection,
+    launch,
+    meet,
+    share,
+    wrap,
+)
 from tangentlab.training import Batch, Share, Step, StepHook, TrainingState, load_checkpoint
 from tangentlab.training import train as train_loop
 
@@ -80,7 +90,7 @@ def train(
         RunFolderError: the folder exists (without resume), is in use, or holds another configuration.
         DivergedError: the loss or a parameter is not finite; the last good checkpoint is kept.
         InterruptedRunError: Ctrl-C; the run is saved and can be resumed.
-        OtherProcessError: another of the processes cannot begin.
+        OtherProcessError: another of the processes cannot begin, or is lost.
         StorageError, DataError, ModelError, ConfigError: one line that says what and where.
     """
     if not isinstance(config, RunConfig):
@@ -183,7 +193,7 @@ def _train(
         meet(fabric, error)
         raise
     meet(fabric, None)
-    wrapped, _ = fabric.setup(model, state.optimizer)
+    wrapped = wrap(fabric, model, state.optimizer)
     try:
         with interruption.listening():
             train_loop(
@@ -210,6 +220,8 @@ def _train(
         # What PyTorch raises for a network that only fails in training mode or on a full batch.
         if isinstance(error, TangentlabError):
             raise
+        if is_lost_connection(error):
+            raise OtherProcessError(f"another process is lost at step {state.step}") from error
         raise ModelError(f"training fails at step {state.step}: {first_line(error)}") from error
 
 
