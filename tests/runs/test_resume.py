@@ -149,7 +149,8 @@ def test_stopped_at_every_step_the_state_is_whole(
 ) -> None:
     """A checkpoint in the middle of an epoch goes on like one at its end."""
     folder = tmp_path / "run"
-    monkeypatch.setattr(hooks_module.Interruption, "asked", True, raising=False)
+    monkeypatch.setattr(hooks_module.Interruption, "heard", True, raising=False)
+    monkeypatch.setattr(hooks_module.Interruption, "asked", False, raising=False)
     monkeypatch.setattr(hooks_module.Interruption, "at_once", False, raising=False)
     monkeypatch.setattr(hooks_module.Interruption, "__init__", lambda self: None)
     for step in range(1, 9):
