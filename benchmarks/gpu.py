@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tangentlab import ntk
 from tangentlab.models import PreActResNet18
 from tangentlab.records import environment, read_run
-from tangentlab.training import Batch, Network, PGDTraining
+from tangentlab.training import Batch, Memory, Network, PGDTraining
 
 CIFAR = "cifar-10-batches-py"
 PART_BYTES = 60 * 2**20
@@ -138,7 +138,7 @@ def step_timing(device: torch.device, width: int, smoke: bool) -> dict[str, Any]
 
     def step() -> None:
         model.train()
-        loss = method.loss(Network(model, model), Batch(x, y), memory={}, generator=draws)
+        loss = method.loss(Network(model, model), Batch(x, y), memory=Memory(), generator=draws)
         loss.backward()  # type: ignore[no-untyped-call]
 
     found: dict[str, Any] = {"width": width}

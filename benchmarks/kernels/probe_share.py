@@ -12,7 +12,7 @@ import torch
 from tangentlab import KernelProbe
 from tangentlab.attacks import PGD
 from tangentlab.models import PreActResNet18
-from tangentlab.training import Batch, Network, PGDTraining
+from tangentlab.training import Batch, Memory, Network, PGDTraining
 
 EPS, STEP_SIZE, IMAGES, BATCH, PROBED, CLASSES = 8 / 255, 2 / 255, 50_000, 128, 128, 10
 
@@ -29,7 +29,7 @@ def main() -> None:
     def step() -> None:
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        method.loss(Network(model, model), Batch(x, y), memory={}, generator=draws).backward()
+        method.loss(Network(model, model), Batch(x, y), memory=Memory(), generator=draws).backward()
         optimizer.step()
 
     inputs = {"clean": None, "pgd": PGD(EPS, STEP_SIZE, 10)}

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tangentlab import __version__
-from tangentlab.errors import DivergedError, InterruptedRunError, RunFolderError, TangentlabError
+from tangentlab.errors import (
+    ConfigError,
+    DivergedError,
+    InterruptedRunError,
+    OtherProcessError,
+    RunFolderError,
+    TangentlabError,
+)
 
 if TYPE_CHECKING:
     from tangentlab.runs import RunConfig
@@ -42,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         call(options, rest)
     except InterruptedRunError as error:
         return _fail(error, INTERRUPTED) if _speaks() else 0
-    except DivergedError as error:
+    except (DivergedError, OtherProcessError) as error:
         return _fail(error, BAD_INPUT) if _speaks() else 0
+    except ConfigError as error:  # the same in all of them, before they meet
+        return _fail(error, BAD_INPUT) if _speaks() else BAD_INPUT
     except TangentlabError as error:
         return _fail(error, BAD_INPUT)
     except BrokenPipeError:  # whoever read our output has had enough

@@ -50,6 +50,10 @@ class InterruptedRunError(TangentlabError):
     """The run was stopped on request at a step boundary and can be resumed."""
 
 
+class OtherProcessError(TangentlabError):
+    """Another process of the same run cannot begin, or is lost."""
+
+
 def unknown_choice(what: str, value: object, choices: Iterable[str]) -> str:
     """One line for an unknown name: echoes it, suggests the nearest, lists the choices.
 

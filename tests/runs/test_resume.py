@@ -147,7 +147,8 @@ def test_stopped_at_every_step_the_state_is_whole(
     """A checkpoint in the middle of an epoch goes on like one at its end."""
     folder, config = tmp_path / "run", tiny_config("--probe.every=0.34", "--evaluation.every=0.67", *more)
     train(config, tmp_path / "whole")
-    monkeypatch.setattr(hooks_module.Interruption, "asked", True, raising=False)
+    monkeypatch.setattr(hooks_module.Interruption, "heard", True, raising=False)
+    monkeypatch.setattr(hooks_module.Interruption, "asked", False, raising=False)
     monkeypatch.setattr(hooks_module.Interruption, "at_once", False, raising=False)
     monkeypatch.setattr(hooks_module.Interruption, "__init__", lambda self: None)
     for step in range(1, 9):

@@ -214,7 +214,7 @@ def test_dropout_follows_the_seed_and_survives_a_resume(tmp_path: Path) -> None:
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks.Interruption, "asked", True, raising=False)
+        patch.setattr(hooks.Interruption, "heard", True, raising=False)
         patch.setattr(hooks.Interruption, "__init__", lambda self: None)
         with pytest.raises(InterruptedRunError, match=f"--resume --allow-import {__name__}"):
             train(config, tmp_path / "broken", allow_import=[__name__])

@@ -27,6 +27,7 @@ from tangentlab.training import (
     FGSMTraining,
     FreeTraining,
     GradAlignTraining,
+    Memory,
     Method,
     Network,
     NFGSMTraining,
@@ -118,10 +119,8 @@ def run(state: TrainingState, method: Method, steps: int, **options: object) -> 
     train(state, method=lambda _: method, steps=steps, **settings)
 
 
-def loss_of(
-    method: Method, model: nn.Module, drawn: Batch, memory: dict[str, Tensor] | None = None
-) -> Tensor:
-    memory = {} if memory is None else memory
+def loss_of(method: Method, model: nn.Module, drawn: Batch, memory: Memory | None = None) -> Tensor:
+    memory = Memory() if memory is None else memory
     return method.loss(Network(model, model), drawn, memory=memory, generator=generator(1, "m"))
 
 
@@ -258,7 +257,7 @@ def test_the_wrapper_is_called_once_and_crafting_goes_around_it(method: Method) 
 
     model = Counting().train()
     wrapper = Wrapper(model)
-    method.loss(Network(bare=model, trained=wrapper), batch(0), memory={}, generator=generator(0, "m"))
+    method.loss(Network(bare=model, trained=wrapper), batch(0), memory=Memory(), generator=generator(0, "m"))
     assert wrapper.calls == 1
     assert model.forwards == method.passes.forwards
 
@@ -270,7 +269,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one(method: Method, tmp_pat
     first = state_of(Counting())
     run(first, method, 4)
     save_checkpoint(tmp_path / "last", first, {"note": [1, None]}, {"k": torch.eye(2)})
-    assert bool(first.memory) == method.remembers
+    assert bool(first.memory.tensors) == isinstance(method, (FreeTraining, FGSMPGITraining, ATTATraining))
     resumed = state_of(Counting())
     extra, tensors = load_checkpoint(tmp_path / "last", resumed)
     assert extra == {"note": [1, None]}
@@ -306,7 +305,7 @@ def _trained_on(method: Adversarial, drawn: Batch) -> Tensor:
     seen: list[Tensor] = []
     wrapper = nn.Sequential(model)
     wrapper.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    method.loss(Network(model, wrapper), drawn, memory={}, generator=generator(1, "m"))
+    method.loss(Network(model, wrapper), drawn, memory=Memory(), generator=generator(1, "m"))
     return seen[0]
 
 
@@ -390,12 +389,13 @@ class Waits(TorchDispatchMode):
 def test_a_loss_waits_for_nothing(method: Method, quiet: bool) -> None:
     if quiet and isinstance(method, Adversarial):
         method = replace(method, buffer_updates=("loss",))
-    model, memory, view = Counting().train(), {}, Augmentation()
+    model, memory, view = Counting().train(), Memory(), Augmentation()
     drawn = replace(batch(0), view=lambda: view.place(batch(0).x, generator=generator(0, "view")))
     with Waits() as waits, nan_collected():
         for _ in range(2):  # the second begins from what the first stored
             loss_of(method, model, drawn, memory).backward()
             method.finish(Network(model, model), drawn)
+            memory.exchange()
     assert not waits.seen
 
 

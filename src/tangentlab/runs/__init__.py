@@ -4,7 +4,8 @@ from tangentlab.runs.config import RunConfig
 from tangentlab.runs.evaluation import evaluate
 from tangentlab.runs.many import BACKENDS, Outcome, check_outcomes, train_many
 from tangentlab.runs.parsing import load_config, resolve, shipped_configs
-from tangentlab.runs.run import is_first_process, train
+from tangentlab.runs.processes import is_first_process
+from tangentlab.runs.run import train
 
 __all__ = [
     "BACKENDS",

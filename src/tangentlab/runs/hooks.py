@@ -220,7 +220,10 @@ class Stopping:
 
 
 class Interruption:
-    """Ctrl-C asks for a stop at the next step boundary; a second one stops at once.
+    """Ctrl-C, or a batch system's notice, asks for a stop at the next step boundary; a second Ctrl-C stops at
+    once.
+
+    ``heard`` says that this process was asked; ``asked``, that all of them stop, as they agree at each step.
 
     ``tell`` is called when a stop is asked for.
     """
@@ -229,7 +232,7 @@ class Interruption:
         self._tell = tell
         self.asked = False
         self.at_once = False
-        self._heard = False  # by this process; another may have asked
+        self.heard = False
 
     def stop(self, step: int, steps: int) -> None:
         """Raise InterruptedRunError where a stop was asked for and something is left to do."""
@@ -244,9 +247,10 @@ class Interruption:
             return
 
         def ask(number: int, _: object) -> None:
-            if self._heard or self.at_once:
+            # Launchers pass SIGTERM on to processes that have it already.
+            if self.at_once or (self.heard and number == signal.SIGINT):
                 raise KeyboardInterrupt
-            self._heard = self.asked = True
+            self.heard = True
             if self._tell is not None:
                 self._tell()
 

@@ -221,7 +221,7 @@ def _in_processes(
         except Exception as error:  # the back-end's: what a run raises is an answer
             lost = f"{type(error).__name__}: {first_line(error)}"
     for folder in left:
-        yield Outcome(folder, "interrupted" if interruption.asked else "failed", lost)
+        yield Outcome(folder, "interrupted" if interruption.heard else "failed", lost)
 
 
 def _enter_backend(stack: ExitStack, backend: str, jobs: int) -> None:

@@ -1,21 +1,16 @@
-"""Run one configuration: the loop, its hooks, its folder, on one process or several.
-
-The only home of Lightning Fabric: devices, processes and precision.
-"""
+"""Run one configuration: the loop, its hooks, its folder, on one process or several."""
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterable
 from contextlib import ExitStack
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tangentlab.data import Batches
 from tangentlab.errors import (
@@ -23,6 +18,7 @@ from tangentlab.errors import (
     ConfigError,
     InterruptedRunError,
     ModelError,
+    OtherProcessError,
     TangentlabError,
     first_line,
 )
@@ -53,7 +49,17 @@ from tangentlab.runs.hooks import (
     progress,
 )
 from tangentlab.runs.parsing import build_method, resolve
-from tangentlab.training import Batch, Step, StepHook, TrainingState, load_checkpoint
+from tangentlab.runs.processes import (
+    agree,
+    check_size,
+    connect,
+    is_lost_connection,
+    launch,
+    meet,
+    share,
+    wrap,
+)
+from tangentlab.training import Batch, Share, Step, StepHook, TrainingState, load_checkpoint
 from tangentlab.training import train as train_loop
 
 LONG_SECONDS = 60.0  # a run from which on the silence of the final evaluation would puzzle
@@ -72,7 +78,7 @@ def train(
     Args:
         config: from :func:`load_config`, :func:`resolve` or built in Python.
         out: the run folder; runs/NAME by default. With several processes the program is started once for
-            each of them (Fabric's launcher, torchrun or srun); the first writes the folder.
+            each of them (by torchrun, by srun, or here); the first writes the folder.
         resume: go on from the last checkpoint of the folder, or begin where there is none.
         allow_import: packages that a model may be imported from.
         display: shows the run while it trains.
@@ -84,6 +90,7 @@ def train(
         RunFolderError: the folder exists (without resume), is in use, or holds another configuration.
         DivergedError: the loss or a parameter is not finite; the last good checkpoint is kept.
         InterruptedRunError: Ctrl-C; the run is saved and can be resumed.
+        OtherProcessError: another of the processes cannot begin, or is lost.
         StorageError, DataError, ModelError, ConfigError: one line that says what and where.
     """
     if not isinstance(config, RunConfig):
@@ -93,12 +100,22 @@ def train(
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.threads or torch.get_num_threads())
+        launched = launch()
+        check_size(config, launched)
         # Everything that can be wrong is tried before the folder is made and other processes are started.
-        examples = _rehearse(config, allow_import)
-        run = stack.enter_context(_open(folder, config, resume, allow_import)) if _is_to_be_first() else None
         try:
-            fabric = _fabric(config)
-            fabric.launch()
+            examples = _rehearse(config, allow_import)
+            run = (
+                stack.enter_context(_open(folder, config, resume, allow_import))
+                if launched.rank == 0
+                else None
+            )
+        except TangentlabError as error:
+            if not launched.alone:
+                meet(connect(config, launched), error)
+            raise
+        try:
+            fabric = connect(config, launched)
             _train(
                 config,
                 examples,
@@ -126,65 +143,28 @@ def _rehearse(config: RunConfig, allow_import: Iterable[str]) -> Examples:
     examples = build_data(config)
     model = build_model(config, examples, torch.device("cpu"), allow_import=allow_import)
     build_state(config, model)
-    if config.processes > 1 and build_method(config).remembers:
-        raise ConfigError(
-            f"method {config.method['name']!r} keeps perturbations from step to step, "
-            f"which processes={config.processes} do not share; use processes=1"
-        )
-    _batches(config, examples, torch.device("cpu"), 0, config.processes).batch(0)
+    _batches(config, examples, torch.device("cpu"), Share(0, config.processes)).batch(0)
     build_probe(config, examples)
     method_schedule(config, 1)
     return examples
 
 
-def _batches(
-    config: RunConfig, examples: Examples, device: torch.device, rank: int, world_size: int
-) -> Batches:
+def _batches(config: RunConfig, examples: Examples, device: torch.device, part: Share) -> Batches:
     return Batches(
         examples.train,
         batch_size=config.training.batch_size,
         seed=config.seed,
         augmentation=config.data.augmentation,
         device=device,
-        rank=rank,
-        world_size=world_size,
+        rank=part.rank,
+        world_size=part.world_size,
     )
 
 
-def _batch(batches: Batches, step: int, total: int) -> Batch:
+def _batch(batches: Batches, step: int, total: int, part: Share) -> Batch:
     x, y, index = batches.batch(step)
     epoch = step // batches.steps_per_epoch
-    return Batch(x, y, index, total, epoch, view=lambda: batches.placement(step, x))
-
-
-def _agree(fabric: Any, interruption: Interruption, loss: Tensor, model: nn.Module) -> Tensor:
-    """The mean of the processes' losses; their floating-point buffers become equal, their mean too.
-
-    A stop that one of them was asked for is one for all.
-    """
-    if fabric.world_size == 1:
-        return loss
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    asked = loss.new_full((1,), float(interruption.asked), dtype=torch.float64)
-    flat = torch.cat([loss.double().reshape(1), asked, *(buffer.double().flatten() for buffer in buffers)])
-    mean = fabric.all_reduce(flat, reduce_op="mean")
-    interruption.asked = bool(mean[1] > 0)
-    with torch.no_grad():
-        for buffer, values in zip(buffers, mean[2:].split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(values.view_as(buffer))
-    first: Tensor = mean[0]
-    return first
-
-
-def _is_to_be_first() -> bool:
-    """Whether the launcher, ours, torchrun or srun, makes this the first process; known before they meet."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return int(next((rank for rank in ranks if rank is not None), 0)) == 0
-
-
-def is_first_process() -> bool:
-    """Whether this process, of those that :func:`train` was started in, is the one that writes and speaks."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return Batch(x, y, index, total, epoch, view=lambda: batches.placement(step, x), share=part)
 
 
 def _train(
@@ -198,26 +178,32 @@ def _train(
     allow_import: Iterable[str],
     display: Display | None,
 ) -> None:
-    model = build_model(config, examples, fabric.device, allow_import=allow_import)
-    state = build_state(config, model)
-    batches = _batches(config, examples, fabric.device, fabric.global_rank, fabric.world_size)
+    part = share(fabric)
+    batches = _batches(config, examples, fabric.device, part)
     replays = build_method(config).replays
     per_epoch = batches.steps_per_epoch * replays
     steps = config.training.epochs * per_epoch
     interruption = Interruption()
     hooks: list[StepHook] = [Stopping(interruption, steps)]
     checkpointing = None
-    if run is not None:
-        checkpointing, hooks = _hooks(config, examples, run, per_epoch, steps, interruption, display)
-    if resume:
-        _resume(folder, state, checkpointing)
-    wrapped, _ = fabric.setup(model, state.optimizer)
+    try:
+        model = build_model(config, examples, fabric.device, allow_import=allow_import)
+        state = build_state(config, model)
+        if run is not None:
+            checkpointing, hooks = _hooks(config, examples, run, per_epoch, steps, interruption, display)
+        if resume:
+            _resume(folder, state, checkpointing)
+    except TangentlabError as error:
+        meet(fabric, error)
+        raise
+    meet(fabric, None)
+    wrapped = wrap(fabric, model, state.optimizer)
     try:
         with interruption.listening():
             train_loop(
                 state,
                 method=method_schedule(config, steps),
-                batch=lambda step: _batch(batches, step // replays, len(examples.train)),
+                batch=lambda step: _batch(batches, step // replays, len(examples.train), part),
                 learning_rate=learning_rate(config, steps),
                 steps=steps,
                 seed=config.seed,
@@ -225,9 +211,8 @@ def _train(
                     trained=wrapped,
                     autocast=fabric.autocast,
                     backward=fabric.backward,
-                    agree=partial(_agree, fabric, interruption),
+                    agree=partial(agree, fabric, interruption),
                 ),
-                part=(fabric.global_rank, fabric.world_size),
                 hooks=hooks if fabric.world_size == 1 else [*hooks, lambda _: fabric.barrier()],
             )
             if run is not None and checkpointing is not None:
@@ -239,6 +224,8 @@ def _train(
         # What PyTorch raises for a network that only fails in training mode or on a full batch.
         if isinstance(error, TangentlabError):
             raise
+        if is_lost_connection(error):
+            raise OtherProcessError(f"another process is lost at step {state.step}") from error
         raise ModelError(f"training fails at step {state.step}: {first_line(error)}") from error
 
 
@@ -366,19 +353,3 @@ def _how_to_resume(folder: Path, allow_import: Iterable[str]) -> str:
     for package in allow_import:
         words += ["--allow-import", package]
     return f"go on with: {shlex.join(words)}"
-
-
-def _fabric(config: RunConfig) -> Any:
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies.ddp import DDPStrategy
-
-    device = resolve_device(config.device)
-    several = config.processes > 1
-    return Fabric(
-        accelerator=device.type,
-        devices=config.processes,
-        # The others wait for the first process's evaluations and probes, however long those take.
-        # Buffers agree once a step: broadcast at each forward, they would change under a loss of two.
-        strategy=DDPStrategy(timeout=timedelta(days=1), broadcast_buffers=False) if several else "auto",
-        precision={"fp32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
-    )

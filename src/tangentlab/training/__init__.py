@@ -8,7 +8,7 @@ from tangentlab.training.fgsm_rs import FGSMRSTraining
 from tangentlab.training.free import FreeTraining
 from tangentlab.training.grad_align import GradAlignTraining
 from tangentlab.training.loop import Step, StepHook, TrainingState, check_parameters, train
-from tangentlab.training.method import Adversarial, Batch, Memory, Method, Network
+from tangentlab.training.method import Adversarial, Batch, Memory, Method, Network, Share
 from tangentlab.training.n_fgsm import NFGSMTraining
 from tangentlab.training.pgd import PGDTraining
 from tangentlab.training.schedules import SCHEDULES
@@ -47,6 +47,7 @@ __all__ = [
     "NFGSMTraining",
     "Network",
     "PGDTraining",
+    "Share",
     "Standard",
     "Step",
     "StepHook",

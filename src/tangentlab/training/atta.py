@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tangentlab.attacks import Passes
 from tangentlab.attacks.threat import ascent, crafting, cross_entropies, project
 from tangentlab.errors import ConfigError
-from tangentlab.training.method import Adversarial, Batch, Memory, check_sizes, stored
+from tangentlab.training.method import Adversarial, Batch, Memory, check_sizes
 
 # Standard deviation of the noise that a stored perturbation begins with.
 _START = 0.001
@@ -42,11 +42,6 @@ class ATTATraining(Adversarial):
     crafting_statistics: str = field(default="running", kw_only=True)
     buffer_updates: tuple[str, ...] = field(default=("loss",), kw_only=True)
 
-    @property
-    def remembers(self) -> bool:
-        """The perturbations are kept."""
-        return True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(self.eps, self.step_size)
@@ -68,8 +63,7 @@ class ATTATraining(Adversarial):
         def start(delta: Tensor) -> None:
             delta.normal_(0, _START, generator=generator)
 
-        deltas = stored(memory, "delta", batch, shape, start, epochs=self.reset_epochs)
-        canvas = deltas[batch.index]
+        canvas = memory.of_examples("delta", batch, shape, start, epochs=self.reset_epochs)
         with crafting(model, batch.x, batch.y) as (x, y):
             x_adv = project(x + (canvas if view is None else view.take(canvas)), x, self.eps)
             for _ in range(self.num_steps):
@@ -79,5 +73,5 @@ class ATTATraining(Adversarial):
             canvas = x_adv - x
         else:
             view.put(canvas, x_adv - x)
-        deltas[batch.index] = canvas
+        memory.keep_of_examples("delta", batch, canvas)
         return x_adv

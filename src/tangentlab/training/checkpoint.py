@@ -17,6 +17,7 @@ from tangentlab.attacks import Passes
 from tangentlab.errors import CheckpointError, ModelError
 from tangentlab.files import read_tensors, write_tensors
 from tangentlab.training.loop import TrainingState
+from tangentlab.training.method import Memory
 
 
 def save_checkpoint(
@@ -27,7 +28,7 @@ def save_checkpoint(
     if state.averaged is not None:
         held |= _weights(state.averaged.module, "averaged/")
     held |= {f"extra/{name}": value for name, value in tensors.items()}
-    held |= {f"memory/{name}": value for name, value in state.memory.items()}
+    held |= {f"memory/{name}": value for name, value in state.memory.tensors.items()}
     scalars: dict[str, Any] = {}
     for index, entries in state.optimizer.state_dict()["state"].items():
         for name, value in entries.items():
@@ -67,9 +68,8 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[dict[str, Any], d
         state.averaged.n_averaged.fill_(metadata.get("step", 0))
     device = state.loss_sum.device
     # Counters are looked at in every step: they stay on the CPU.
-    state.memory = {
-        key: value.to(device) if value.dim() else value for key, value in _under(tensors, "memory/").items()
-    }
+    memory = _under(tensors, "memory/")
+    state.memory = Memory({key: value.to(device) if value.dim() else value for key, value in memory.items()})
     try:
         entries: dict[int, dict[str, Any]] = {}
         for key, value in tensors.items():

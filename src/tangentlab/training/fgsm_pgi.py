@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tangentlab.attacks import Passes
 from tangentlab.attacks.threat import check_eps, project
 from tangentlab.errors import ConfigError
-from tangentlab.training.method import UPDATE, Adversarial, Batch, Memory, Network, check_share, stored
+from tangentlab.training.method import UPDATE, Adversarial, Batch, Memory, Network, check_share
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ class FGSMPGITraining(Adversarial):
     decay: float = 0.3
     reset_epochs: int = 40
 
-    @property
-    def remembers(self) -> bool:
-        """The perturbations are kept."""
-        return True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_eps(self.eps)
@@ -66,9 +61,9 @@ class FGSMPGITraining(Adversarial):
             delta.copy_((2 * bits - 1) * self.eps)
 
         shape, epochs = x.shape[1:], self.reset_epochs
-        deltas = stored(memory, "delta", batch, shape, corners, epochs=epochs)
-        momenta = stored(memory, "momentum", batch, shape, Tensor.zero_, epochs=epochs)
-        prior = project(x + deltas[batch.index], x, self.eps).requires_grad_(True)
+        delta = memory.of_examples("delta", batch, shape, corners, epochs=epochs)
+        momentum = memory.of_examples("momentum", batch, shape, Tensor.zero_, epochs=epochs)
+        prior = project(x + delta, x, self.eps).requires_grad_(True)
         with self.crafting(network.bare):
             logits = network.bare(prior)
         # The graph is kept: the distance is trained through it.
@@ -76,9 +71,11 @@ class FGSMPGITraining(Adversarial):
             self.cross_entropy(logits.float(), batch.y), prior, retain_graph=True
         )
         start = prior.detach()
-        momentum = self.decay * momenta[batch.index] + gradient / gradient.abs().sum().clamp(min=1e-30)
-        momenta[batch.index] = momentum
-        deltas[batch.index] = project(start + self.eps * momentum.sign(), x, self.eps) - x
+        norm = batch.share.sum(gradient.abs().sum())
+        momentum = self.decay * momentum + gradient / norm.clamp(min=1e-30)
+        memory.keep_of_examples("momentum", batch, momentum)
+        delta = project(start + self.eps * momentum.sign(), x, self.eps) - x
+        memory.keep_of_examples("delta", batch, delta)
         crafted = self.logits(network, project(start + self.eps * gradient.sign(), x, self.eps))
         loss = self.objective(network, batch, crafted)
         return loss + self.consistency * F.mse_loss(crafted.float(), logits.float())

@@ -34,11 +34,6 @@ class FreeTraining(Adversarial):
     step_size: float | None = None
     replays: int = 8
 
-    @property
-    def remembers(self) -> bool:
-        """δ is kept."""
-        return True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(self.eps, self.step_size)
@@ -53,13 +48,14 @@ class FreeTraining(Adversarial):
     def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
         """x + δ_k; its gradient, when the loss's backward brings it, moves δ."""
         x, step_size = batch.x, self.eps if self.step_size is None else self.step_size
-        delta = memory.get("delta")
-        if delta is None or delta.shape != x.shape:
+        delta = memory.of_batch("delta", batch)
+        if delta is None:
             delta = torch.zeros_like(x)
         x_adv = project(x + delta, x, self.eps).requires_grad_(True)
 
         def arrived(gradient: Tensor) -> None:
-            memory["delta"] = project(x_adv.detach() + step_size * gradient.sign(), x, self.eps) - x
+            moved = project(x_adv.detach() + step_size * gradient.sign(), x, self.eps)
+            memory.keep_of_batch("delta", batch, moved - x)
 
         x_adv.register_hook(arrived)
         return x_adv

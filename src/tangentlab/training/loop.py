@@ -48,7 +48,7 @@ class TrainingState:
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     loss_count: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "probe": 0.0, "evaluation": 0.0})
-    memory: Memory = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
     averaged: AveragedModel | None = None
 
     @property
@@ -94,7 +94,6 @@ def train(
     steps: int,
     seed: int,
     make: Step,
-    part: tuple[int, int] = (0, 1),
     hooks: Sequence[StepHook] = (),
 ) -> None:
     """Train until ``state.step == steps``.
@@ -102,11 +101,10 @@ def train(
     Args:
         state: where training stands; changed in place.
         method: step -> what turns the batch into the loss.
-        batch: step -> the batch.
+        batch: step -> the batch, or this process's share of it.
         learning_rate: step -> learning rate of that update.
         steps: optimizer updates in all.
         seed: the method's draws come from the stream (seed, "method", step).
-        part: (rank, world_size): this process holds that part of each batch.
         make: how an update is made.
         hooks: called in order after every step, and before the first where training begins.
 
@@ -123,18 +121,21 @@ def train(
         rate = learning_rate(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
+        share = drawn.share
+        part = (share.rank, share.world_size)
         draws = randomness.generator(seed, "method", state.step, device=device, part=part)
         state.model.train()
         state.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), make.autocast():
             # Dropout and its like draw from the global generator: theirs is a stream too.
-            torch.manual_seed(randomness.derive_seed(seed, "layers", state.step, part[0]))
+            torch.manual_seed(randomness.derive_seed(seed, "layers", state.step, share.rank))
             with _diverging(state), _patient(device) as nan:
                 loss = current.loss(network, drawn, memory=state.memory, generator=draws)
         make.backward(loss)
         state.optimizer.step()
         with make.autocast():
             current.finish(network, drawn)
+        state.memory.exchange()
         value = loss.detach()
         for seen in nan:
             value = value.masked_fill(seen, torch.nan)

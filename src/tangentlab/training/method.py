@@ -16,9 +16,6 @@ from tangentlab.attacks import Attack, Passes
 from tangentlab.attacks.threat import check_eps
 from tangentlab.errors import ConfigError, unknown_choice
 
-Memory = dict[str, Tensor]
-"""What a method keeps from step to step, by name; a checkpoint holds it."""
-
 FORWARDS = ("crafting", "loss", "clean")
 """The forwards of a step that may update BatchNorm's buffers."""
 
@@ -54,9 +51,34 @@ class View(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of each batch that this process holds: one of ``world_size`` equal, contiguous parts.
+
+    Args:
+        rank: the part's place in the batch, from 0.
+        world_size: processes that share the batch.
+        gather: each process's rows [n, ...] -> those of the whole batch [world_size·n, ...], on every
+            process. All of them call it, in the same order.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This process's rows [n, ...] of the whole batch's."""
+        n = len(whole) // self.world_size
+        return whole[self.rank * n : (self.rank + 1) * n]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Σ over the processes of each one's scalar; all of them call it."""
+        return self.gather(value.reshape(1)).sum()
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A training batch.
+    """A training batch, or this process's share of it.
 
     Args:
         x: [n, ...] in [0, 1], augmented.
@@ -65,6 +87,7 @@ class Batch:
         total: examples of the training set.
         epoch: counted from 0.
         view: makes the batch's :class:`View`; None where nothing augments.
+        share: which part of the step's batch this is.
     """
 
     x: Tensor
@@ -73,6 +96,69 @@ class Batch:
     total: int = 0
     epoch: int = 0
     view: Callable[[], View] | None = None
+    share: Share = field(default_factory=Share)
+
+
+@dataclass
+class Memory:
+    """What a method keeps from step to step: tensors by name; a checkpoint holds them.
+
+    On every process they are what a single process would keep. A method reads and writes the rows of its own
+    share alone; the loop exchanges what was written once the step is done, and only then it is read.
+
+    Args:
+        tensors: of each example [total, ...] or of the batch [batch size, ...].
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    _written: list[tuple[str, Batch, Tensor, bool]] = field(default_factory=list, repr=False)
+
+    def of_examples(
+        self, name: str, batch: Batch, shape: torch.Size, start: Callable[[Tensor], object], *, epochs: int
+    ) -> Tensor:
+        """The rows [n, *shape] kept of the batch's examples; ``start`` fills the tensor [total, *shape] in
+        place at first and again every so many epochs, drawing the same on every process.
+
+        Raises:
+            ConfigError: the batch does not say which examples it holds.
+        """
+        if len(batch.index) != len(batch.x):
+            raise ConfigError(
+                "the method stores something of each example; its batches need an index and a total"
+            )
+        period = batch.epoch // epochs
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty(batch.total, *shape, device=batch.x.device)
+            self.tensors[f"{name}/period"] = torch.tensor(-1)
+        if int(self.tensors[f"{name}/period"]) != period:
+            start(self.tensors[name])
+            self.tensors[f"{name}/period"] = torch.tensor(period)
+        return self.tensors[name][batch.index]
+
+    def keep_of_examples(self, name: str, batch: Batch, rows: Tensor) -> None:
+        """Keep the rows [n, ...] of the batch's examples."""
+        self._written.append((name, batch, rows, True))
+
+    def of_batch(self, name: str, batch: Batch) -> Tensor | None:
+        """The rows [n, ...] of this share that the last step kept; None where there are none of this size."""
+        whole = self.tensors.get(name)
+        if whole is None or len(whole) != len(batch.x) * batch.share.world_size:
+            return None
+        return batch.share.of(whole)
+
+    def keep_of_batch(self, name: str, batch: Batch, rows: Tensor) -> None:
+        """Keep the rows [n, ...] for the next step, whatever its examples."""
+        self._written.append((name, batch, rows, False))
+
+    def exchange(self) -> None:
+        """Store what was written, by all processes; the loop calls it at the end of each step."""
+        for name, batch, rows, by_example in self._written:
+            whole = batch.share.gather(rows.detach())
+            if by_example:
+                self.tensors[name][batch.share.gather(batch.index)] = whole
+            else:
+                self.tensors[name] = whole
+        self._written.clear()
 
 
 @runtime_checkable
@@ -91,11 +177,6 @@ class Method(Protocol):
     @property
     def replays(self) -> int:
         """Steps in a row that take the same batch."""
-        ...
-
-    @property
-    def remembers(self) -> bool:
-        """Whether anything is kept in ``memory``."""
         ...
 
     def loss(self, network: Network, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
@@ -133,11 +214,6 @@ class Adversarial:
     def replays(self) -> int:
         """One step a batch."""
         return 1
-
-    @property
-    def remembers(self) -> bool:
-        """Nothing is kept."""
-        return False
 
     def __post_init__(self) -> None:
         check_share("label_smoothing", self.label_smoothing)
@@ -263,31 +339,3 @@ def check_share(name: str, value: float) -> None:
     """Raise ConfigError unless value is in [0, 1)."""
     if not 0 <= value < 1:
         raise ConfigError(f"{name}={value} is out of range [0, 1)")
-
-
-def stored(
-    memory: Memory,
-    name: str,
-    batch: Batch,
-    shape: torch.Size,
-    start: Callable[[Tensor], object],
-    *,
-    epochs: int,
-) -> Tensor:
-    """The tensor [total, *shape] of that name, made and given to ``start``, and again every so many epochs.
-
-    Raises:
-        ConfigError: the batch does not say which examples it holds.
-    """
-    if len(batch.index) != len(batch.x):
-        raise ConfigError(
-            "the method stores something of each example; its batches need an index and a total"
-        )
-    period = batch.epoch // epochs
-    if name not in memory:
-        memory[name] = torch.empty(batch.total, *shape, device=batch.x.device)
-        memory[f"{name}/period"] = torch.tensor(-1)
-    if int(memory[f"{name}/period"]) != period:
-        start(memory[name])
-        memory[f"{name}/period"] = torch.tensor(period)
-    return memory[name]

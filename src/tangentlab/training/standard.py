@@ -24,7 +24,6 @@ class Standard:
     label_smoothing: float = 0.0
 
     replays: ClassVar[int] = 1
-    remembers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_share("label_smoothing", self.label_smoothing)
