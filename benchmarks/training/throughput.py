@@ -1,7 +1,6 @@
 """Examples a second of adversarial training: ours, a plain loop, and torchattacks in the same loop.
 
-    python -m venv .peers-training --system-site-packages
-    .peers-training/bin/pip install --no-deps torchattacks==3.5.1        # its own pins are of years ago
+    pip install --no-deps --target .peers-training torchattacks==3.5.1   # its own pins are of years ago
     python benchmarks/training/throughput.py run results/training/throughput.json --root DATA
     python benchmarks/training/throughput.py table results/training/throughput.json
 
@@ -42,7 +41,7 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("out", type=Path)
     run.add_argument("--root", help="folder of CIFAR-10; default: the cache folder")
-    run.add_argument("--peer", type=Path, default=Path(".peers-training"), help="environment of torchattacks")
+    run.add_argument("--peer", type=Path, default=Path(".peers-training"), help="where torchattacks is")
     run.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     run.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     run.add_argument("--widths", type=int, nargs="+", default=[16, 64])
@@ -77,13 +76,17 @@ def run_all(options: argparse.Namespace) -> None:
                         "width": width,
                         **{name: getattr(options, name) for name in ("root", "batch", "threads", "steps")},
                     }
-                    python = options.peer / "bin" / "python" if engine == "torchattacks" else sys.executable
+                    places = [str(options.peer), os.environ.get("PYTHONPATH", "")]
                     done = subprocess.run(
-                        [str(python), __file__, "worker", json.dumps(spec)],
+                        [sys.executable, __file__, "worker", json.dumps(spec)],
                         capture_output=True,
                         text=True,
                         check=False,
-                        env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
+                        env={
+                            **os.environ,
+                            "OMP_NUM_THREADS": str(options.threads),
+                            "PYTHONPATH": os.pathsep.join(filter(None, places)),
+                        },
                     )
                     row = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
                     spec.pop("root")
@@ -158,7 +161,7 @@ def ours(spec: dict[str, Any], model: nn.Module, optimizer: Any, batches: Any) -
     if spec["engine"] == "ours":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     method = PGDTraining(EPS, STEP_SIZE, 10) if spec["method"] == "pgd" else FGSMRSTraining(EPS)
-    state = TrainingState(model, optimizer)
+    state = TrainingState(model, torch.optim.SGD(model.parameters(), **optimizer.defaults | {"fused": True}))
     make = Step(model, lambda: _fast(spec), lambda loss: loss.backward())
 
     def step(number: int) -> None:
