@@ -3,6 +3,7 @@
     pip install --no-deps --target .peers-training torchattacks==3.5.1   # its own pins are of years ago
     python benchmarks/training/throughput.py run results/training/throughput.json --root DATA
     python benchmarks/training/throughput.py table results/training/throughput.json
+    python benchmarks/training/throughput.py bounds results/training/bounds.json    # where a pass's time goes
 
 PreActResNet-18 on CIFAR-10's augmented training images, batch 128, SGD; the plain loop is what the reference
 repositories write: fp32, contiguous, the attack through loss.backward(). One process a measurement, engines
@@ -26,6 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from tangentlab.models import Normalize, PreActResNet18
 
 EPS, STEP_SIZE = 8 / 255, 2 / 255
 ENGINES = ("ours", "ours-fp32", "plain", "torchattacks")
@@ -50,12 +55,21 @@ def main() -> None:
     run.add_argument("--steps", type=int, default=3, help="timed steps of a process, after two that are not")
     run.add_argument("--rounds", type=int, default=3)
     commands.add_parser("table").add_argument("file", type=Path)
+    bound = commands.add_parser("bounds")
+    bound.add_argument("out", type=Path)
+    bound.add_argument("--widths", type=int, nargs="+", default=[16, 64])
     commands.add_parser("worker").add_argument("spec")
     options = parser.parse_args()
     if options.command == "worker":
         print(json.dumps(measure(json.loads(options.spec))))
     elif options.command == "table":
         print(table(json.loads(options.file.read_text())))
+    elif options.command == "bounds":
+        from tangentlab.records import environment
+
+        torch.set_num_threads(2)
+        found = {"environment": environment(), "peak": peak(), **{f"w{w}": bounds(w) for w in options.widths}}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
     else:
         run_all(options)
 
@@ -98,7 +112,6 @@ def run_all(options: argparse.Namespace) -> None:
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each timed step, and of a forward with its two kinds of backward in the same setting."""
     from tangentlab import data
-    from tangentlab.models import Normalize, PreActResNet18
 
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
@@ -128,6 +141,43 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "examples_per_second": spec["batch"] / statistics.median(seconds[2:]),
         **({"passes_seconds": passes(spec, model, batches)} if spec["engine"].startswith("ours") else {}),
     }
+
+
+def peak() -> float:
+    """GFLOP/s of a bf16 matrix product."""
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    return float(2 * 2048**3 / statistics.median([clocked(lambda: a @ a) for _ in range(20)]) / 1e9)
+
+
+def bounds(width: int) -> dict[str, Any]:
+    """A crafting pass in bf16: its seconds, the convolutions' GFLOP/s, each operator's share of the time."""
+    model = PreActResNet18((3, 32, 32), 10, width=width).train()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x, y = torch.rand(128, 3, 32, 32), torch.arange(128) % 10
+
+    def once() -> None:
+        leaf = x.clone().requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(leaf), y)
+        torch.autograd.grad(loss, leaf)
+
+    seconds = statistics.median([clocked(once) for _ in range(7)][2:])
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        model(x)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        once()
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = {event.key: event.self_cpu_time_total / total for event in events[:10]}
+    convolving = seconds * sum(share for name, share in shares.items() if "convolution" in name)
+    rate = 2 * flops.get_total_flops() / convolving / 1e9  # the backward to the inputs takes as many
+    return {"seconds": seconds, "convolution_gflops": rate, "shares": shares}
+
+
+def clocked(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def _fast(spec: dict[str, Any]) -> Any:
