@@ -115,7 +115,7 @@ def _parser() -> Parser:
     study = commands.add_parser("study", help="a study of claims: its runs, what is measured, the verdicts")
     study.add_argument("name", metavar="NAME", help="evolution, normalization, gap; or all, for the ledger")
     study.add_argument("folders", type=Path, nargs="*", metavar="FOLDER",
-                       help="with all: studies to take claims from (default: those in results/studies)")  # fmt: skip
+                       help="with all: where to take claims from (default: results/studies/*)")  # fmt: skip
     study.add_argument("--out", type=Path, help="folder, gone on with where it exists (default: runs/NAME)")
     study.add_argument("--tier", type=int, default=1, help="0, 1 or 2: data and network (default: 1)")
     study.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="SEED")

@@ -1,7 +1,7 @@
 """Claims as testable statements, the verdicts that seeds give them, and the ledger of all of them.
 
-A claim's threshold is part of the source, so that it stands before the run. An effect is measured once a seed;
-its mean over seeds has Student's interval, and the verdict follows from where that lies.
+A claim's threshold is part of the source, so that it stands before the run. An effect is measured once a
+seed; its mean over seeds has Student's interval, and the verdict follows from where that lies.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def ledger(studies: Iterable[Mapping[str, Any]]) -> str:
         for entry in study["claims"]:
             sign = ">" if entry["above"] else "<"
             lines.append(
-                f"| {entry['statement']} | {entry['setting']} | {_effect(entry)} | {sign} {entry['threshold']:g} "
-                f"| {len(entry['values'])} | {entry['verdict']} |"
+                f"| {entry['statement']} | {entry['setting']} | {_effect(entry)} "
+                f"| {sign} {entry['threshold']:g} | {len(entry['values'])} | {entry['verdict']} |"
             )
     if len(lines) == 2:
         raise ConfigError("there is no study to take claims from; run one with tangentlab study NAME")

@@ -143,8 +143,8 @@ def _claim_folder(folder: Path, study: Study, tier: int, seeds: Sequence[int]) -
         there = _read_config(folder)
         if (there["study"], there["tier"]) != (study.name, tier):
             raise ConfigError(
-                f"{folder} holds study {there['study']!r} of tier {there['tier']}, not {study.name!r} of tier "
-                f"{tier}; give another --out"
+                f"{folder} holds study {there['study']!r} of tier {there['tier']}, "
+                f"not {study.name!r} of tier {tier}; give another --out"
             )
         seeds = sorted({*seeds, *there["seeds"]})
     config = {"schema": SCHEMA, "study": study.name, "tier": tier, "seeds": list(seeds)}
