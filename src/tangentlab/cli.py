@@ -112,6 +112,16 @@ def _parser() -> Parser:
     evaluate.add_argument("--allow-import", action="append", default=[], metavar="PACKAGE")
     evaluate.set_defaults(call=_evaluate)
 
+    study = commands.add_parser("study", help="a study of claims: its runs, what is measured, the verdicts")
+    study.add_argument("name", metavar="NAME", help="evolution, normalization, gap; or all, for the ledger")
+    study.add_argument("folders", type=Path, nargs="*", metavar="FOLDER",
+                       help="with all: where to take claims from (default: results/studies/*)")  # fmt: skip
+    study.add_argument("--out", type=Path, help="folder, gone on with where it exists (default: runs/NAME)")
+    study.add_argument("--tier", type=int, default=1, help="0, 1 or 2: data and network (default: 1)")
+    study.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="SEED")
+    study.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
+    study.set_defaults(call=_study)
+
     report = commands.add_parser("report", help="one HTML file about runs, and its figures as SVG and PDF")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument(
@@ -238,6 +248,25 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     _print(evaluations_table(record))
     for line in flag_lines(record):
         _print(line)
+
+
+def _study(options: argparse.Namespace, _: list[str]) -> None:
+    from tangentlab.runs.display import ProgressDisplay
+    from tangentlab.studies import judge_study, ledger, run_study
+
+    if options.name == "all":
+        folders = options.folders or sorted(Path("results/studies").glob("*"))
+        _print(ledger([judge_study(folder) for folder in folders]))
+        return
+    if options.folders:
+        raise ConfigError(f"{options.folders[0]} is for 'all'; study {options.name!r} takes --out FOLDER")
+    out = options.out or Path("runs") / options.name
+    with ProgressDisplay() as display:
+        found = run_study(
+            options.name, out, tier=options.tier, seeds=options.seeds, jobs=options.jobs, display=display
+        )
+    _print(ledger([found]))
+    _print(f"Study: {out}")
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> None:

@@ -71,6 +71,8 @@ class TrainingConfig:
         ema_decay: of an exponential moving average of the weights and buffers, which is then what is
             evaluated and kept as best; none for no average.
         batchnorm_momentum: of BatchNorm's buffers; none for what the model has.
+        keep_every: epochs between checkpoints of the weights that are kept, the first before training;
+            none for best and last alone.
     """
 
     epochs: int = 15
@@ -83,6 +85,7 @@ class TrainingConfig:
     eps_schedule: str = "constant"
     ema_decay: float | None = None
     batchnorm_momentum: float | None = None
+    keep_every: float | None = None
 
     def __post_init__(self) -> None:
         _at_least("training.epochs", self.epochs, 1)
@@ -98,6 +101,8 @@ class TrainingConfig:
                 raise ConfigError(unknown_choice(f"training.{name}", getattr(self, name), SCHEDULES))
         if not all(0 < share < 1 for share in self.milestones):
             raise ConfigError(f"training.milestones={list(self.milestones)} is out of range (0, 1)")
+        if self.keep_every is not None and not 0 < self.keep_every < math.inf:
+            raise ConfigError(f"training.keep_every={self.keep_every} is out of range; above 0")
         for name in ("ema_decay", "batchnorm_momentum"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:

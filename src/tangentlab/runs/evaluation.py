@@ -197,8 +197,14 @@ def evaluate_checkpoints(
 
 
 def checkpoint_path(folder: Path, name: str) -> Path:
-    """Where the checkpoint called "best" or "last" lies."""
+    """Where the checkpoint called "best", "last" or "step-N" lies."""
     return folder / "checkpoints" / f"{name}.safetensors"
+
+
+def kept_checkpoints(folder: Path) -> dict[int, Path]:
+    """step -> file of the weights that ``training.keep_every`` kept, in order of the steps."""
+    kept = {int(path.stem.partition("-")[2]): path for path in folder.glob("checkpoints/step-*.safetensors")}
+    return dict(sorted(kept.items()))
 
 
 def verdicts_path(folder: Path, checkpoint: str, attack: str) -> Path:

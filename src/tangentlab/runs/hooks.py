@@ -139,6 +139,20 @@ class Probing:
 
 
 @dataclass
+class Keeping:
+    """Keeps the judged network's weights every ``every`` steps."""
+
+    log: Log
+    every: int
+
+    def __call__(self, state: TrainingState) -> None:
+        if state.step % self.every == 0:
+            check_parameters(state)
+            path = checkpoint_path(self.log.run.folder, f"step-{state.step}")
+            save_weights(path, state, {"epoch": self.log.epoch(state.step)})
+
+
+@dataclass
 class Recording:
     """Writes the loss, the cost and the seconds, at the end of each epoch."""
 

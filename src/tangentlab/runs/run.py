@@ -41,6 +41,7 @@ from tangentlab.runs.hooks import (
     Display,
     Evaluation,
     Interruption,
+    Keeping,
     Log,
     Probing,
     Recording,
@@ -247,6 +248,8 @@ def _hooks(
     hooks: list[StepHook] = [evaluation]
     if probe is not None:
         hooks.append(Probing(probe, log, every_steps(config.probe.every, per_epoch)))
+    if config.training.keep_every is not None:
+        hooks.append(Keeping(log, every_steps(config.training.keep_every, per_epoch)))
     hooks.append(Recording(log))
     if display is not None:
         display.start(run.folder.absolute().name, epochs=config.training.epochs, steps_per_epoch=per_epoch)

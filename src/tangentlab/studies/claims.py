@@ -1,0 +1,128 @@
+"""Claims as testable statements, the verdicts that seeds give them, and the ledger of all of them.
+
+A claim's threshold is part of the source, so that it stands before the run. An effect is measured once a
+seed; its mean over seeds has Student's interval, and the verdict follows from where that lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from tangentlab.errors import ConfigError
+from tangentlab.metrics import mean_interval
+
+LEAST_SEEDS = 3
+
+Word = Literal["supported", "refuted", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that numbers can support or refute.
+
+    Args:
+        id: STUDY/NAME.
+        statement: one sentence, the threshold in it.
+        effect: what is measured once a seed, with its unit.
+        threshold: of the effect.
+        above: whether the claim is that the effect lies above the threshold, or below.
+        source: whose claim it is.
+    """
+
+    id: str
+    statement: str
+    effect: str
+    threshold: float
+    above: bool = True
+    source: str = "this project"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What seeds say of a claim in one setting.
+
+    Args:
+        claim: judged.
+        setting: data, network and training that it was judged in.
+        values: seed -> effect.
+        effect: their mean; None without any.
+        interval: 95 % Student interval of the mean; None for fewer than two seeds.
+        verdict: supported or refuted where the whole interval lies on that side of the threshold; else, and
+            with fewer than three seeds, inconclusive.
+    """
+
+    claim: Claim
+    setting: str
+    values: Mapping[int, float]
+    effect: float | None
+    interval: tuple[float, float] | None
+    verdict: Word
+
+    def as_dict(self) -> dict[str, Any]:
+        """The claim's entry in study.json."""
+        claim = self.claim
+        return {
+            "id": claim.id,
+            "statement": claim.statement,
+            "source": claim.source,
+            "measured": claim.effect,
+            "threshold": claim.threshold,
+            "above": claim.above,
+            "setting": self.setting,
+            "values": {str(seed): value for seed, value in self.values.items()},
+            "effect": self.effect,
+            "interval": None if self.interval is None else list(self.interval),
+            "verdict": self.verdict,
+        }
+
+
+def judge(claim: Claim, setting: str, values: Mapping[int, float]) -> Verdict:
+    """The verdict that the seeds' effects give.
+
+    >>> claim = Claim("demo/large", "The effect exceeds 1.", "effect", threshold=1.0)
+    >>> judge(claim, "nowhere", {0: 2.0, 1: 2.1, 2: 1.9}).verdict
+    'supported'
+    >>> judge(claim, "nowhere", {0: 2.0, 1: 0.1, 2: 1.9}).verdict
+    'inconclusive'
+    """
+    known = dict(sorted(values.items()))
+    if not known:
+        return Verdict(claim, setting, known, None, None, "inconclusive")
+    effect = fmean(known.values())
+    if len(known) < 2:
+        return Verdict(claim, setting, known, effect, None, "inconclusive")
+    low, high = mean_interval(list(known.values()))
+    word: Word = "inconclusive"
+    if len(known) >= LEAST_SEEDS and (low > claim.threshold or high < claim.threshold):
+        word = "supported" if (low > claim.threshold) == claim.above else "refuted"
+    return Verdict(claim, setting, known, effect, (low, high), word)
+
+
+def ledger(studies: Iterable[Mapping[str, Any]]) -> str:
+    """The claims of several study.json as a Markdown table, a row a claim and setting."""
+    lines = [
+        "| claim | setting | effect [95 % interval] | threshold | seeds | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for study in studies:
+        for entry in study["claims"]:
+            sign = ">" if entry["above"] else "<"
+            lines.append(
+                f"| {entry['statement']} | {entry['setting']} | {_effect(entry)} "
+                f"| {sign} {entry['threshold']:g} | {len(entry['values'])} | {entry['verdict']} |"
+            )
+    if len(lines) == 2:
+        raise ConfigError("there is no study to take claims from; run one with tangentlab study NAME")
+    return "\n".join(lines)
+
+
+def _effect(entry: Mapping[str, Any]) -> str:
+    if entry["effect"] is None:
+        return "–"
+    if entry["interval"] is None:
+        return f"{entry['effect']:.3g}"
+    low, high = entry["interval"]
+    return f"{entry['effect']:.3g} [{low:.3g}, {high:.3g}]"

@@ -1,0 +1,159 @@
+"""A study: runs, what is measured on each of them, and the verdicts on its claims; resumable at every run.
+
+STUDY/config.yaml   name, tier and seeds     STUDY/runs/KEY/   the runs
+STUDY/values.jsonl  raw values, each with its run, method and seed
+STUDY/study.json    the claims with their verdicts: a function of values.jsonl alone
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from joblib import Parallel, delayed
+
+from tangentlab.errors import ConfigError, RunFolderError, unknown_choice
+from tangentlab.files import finite, json_bytes, write_atomic
+from tangentlab.records import SCHEMA, environment
+from tangentlab.runs import RunConfig, check_outcomes, train_many
+from tangentlab.runs.hooks import Display
+from tangentlab.studies.claims import Claim, Verdict
+
+STUDIES = ("evolution", "normalization", "gap")
+TIERS = {
+    0: "digits, small CNN",
+    1: "Fashion-MNIST, 10,000 training images, CNN of three convolutions",
+    2: "CIFAR-10, 10,000 training images, PreActResNet-18 of width 16",
+}
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study is; its module says it once, as STUDY.
+
+    Args:
+        name: of the study and its module.
+        claims: with their thresholds.
+        runs: (tier, seeds) -> run key -> configuration; keys are folder names.
+        measure: a finished run's folder and its configuration -> raw values, JSON-able, a line each.
+        judge: all raw values and the setting -> a verdict for each claim.
+    """
+
+    name: str
+    claims: tuple[Claim, ...]
+    runs: Callable[[int, Sequence[int]], Mapping[str, RunConfig]]
+    measure: Callable[[Path, RunConfig], Iterable[Values]]
+    judge: Callable[[Sequence[Values], str], Sequence[Verdict]]
+
+
+def load_study(name: str) -> Study:
+    """The study of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in STUDIES:
+        raise ConfigError(unknown_choice("study", name, STUDIES))
+    study: Study = import_module(f"tangentlab.studies.{name}").STUDY
+    return study
+
+
+def run_study(
+    name: str,
+    out: str | Path,
+    *,
+    tier: int = 1,
+    seeds: Sequence[int] = (0, 1, 2),
+    jobs: int = 1,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Train what is not trained, measure what is not measured, judge, and return study.json.
+
+    The same call again goes on; more seeds may be added.
+
+    Raises:
+        ConfigError: an unknown study or tier, or ``out`` holds another study.
+        InterruptedRunError: Ctrl-C; the same call goes on.
+    """
+    study, folder = load_study(name), Path(out)
+    if tier not in TIERS:
+        raise ConfigError(unknown_choice("tier", tier, map(str, TIERS)))
+    _claim_folder(folder, study, tier, seeds)
+    runs = {folder / "runs" / key: config for key, config in study.runs(tier, seeds).items()}
+    check_outcomes(train_many(runs, jobs=jobs, display=display))
+    known = {line["run"] for line in read_values(folder)}
+    left = [run for run in runs if run.name not in known]
+    measured = Parallel(n_jobs=jobs, return_as="generator")(
+        delayed(_measured)(name, run, runs[run]) for run in left
+    )
+    for run, lines in zip(left, measured, strict=True):
+        _append(folder, lines)
+        if display is not None:
+            display.note(f"{run.name}: measured")
+    found = judge_study(folder)
+    write_atomic(folder / "study.json", json_bytes({**found, "environment": environment()}))
+    return found
+
+
+def judge_study(folder: str | Path) -> dict[str, Any]:
+    """What study.json says, but for the environment: the claims judged from the folder's raw values.
+
+    Raises:
+        RunFolderError: the folder holds no study.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    study = load_study(config["study"])
+    verdicts = study.judge(read_values(folder), TIERS[config["tier"]])
+    return {
+        "schema": SCHEMA,
+        "study": study.name,
+        "tier": config["tier"],
+        "claims": [verdict.as_dict() for verdict in verdicts],
+    }
+
+
+def read_values(folder: Path) -> list[dict[str, Any]]:
+    """The raw values that were measured so far."""
+    path = folder / "values.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _measured(name: str, run: Path, config: RunConfig) -> list[dict[str, Any]]:
+    place = {"run": run.name, "method": config.method["name"], "seed": config.seed}
+    return [{**place, **values} for values in load_study(name).measure(run, config)]
+
+
+def _append(folder: Path, lines: Iterable[Values]) -> None:
+    """All lines of a run or none."""
+    path = folder / "values.jsonl"
+    before = path.read_bytes() if path.exists() else b""
+    write_atomic(path, before + b"".join(json.dumps(finite(line)).encode() + b"\n" for line in lines))
+
+
+def _claim_folder(folder: Path, study: Study, tier: int, seeds: Sequence[int]) -> None:
+    if (folder / "config.yaml").exists():
+        there = _read_config(folder)
+        if (there["study"], there["tier"]) != (study.name, tier):
+            raise ConfigError(
+                f"{folder} holds study {there['study']!r} of tier {there['tier']}, "
+                f"not {study.name!r} of tier {tier}; give another --out"
+            )
+        seeds = sorted({*seeds, *there["seeds"]})
+    config = {"schema": SCHEMA, "study": study.name, "tier": tier, "seeds": list(seeds)}
+    write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_bytes())
+        return {"study": config["study"], "tier": config["tier"], "seeds": config["seeds"]}
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{folder} holds no study") from error

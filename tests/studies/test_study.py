@@ -1,0 +1,103 @@
+"""A study trains, measures and judges once; what is there is gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tangentlab.cli import main
+from tangentlab.errors import ConfigError, RunFolderError
+from tangentlab.runs import RunConfig
+from tangentlab.runs.evaluation import kept_checkpoints
+from tangentlab.studies import judge_study, run_study
+from tangentlab.studies import study as module
+from tangentlab.studies.claims import Claim, judge
+from tangentlab.studies.study import Study, read_values
+
+CLAIM = Claim("test/steps", "A run keeps more than one checkpoint.", "checkpoints kept", 1.0)
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def measured(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs that were measured, by a study of tiny ones."""
+    seen: list[str] = []
+    base = tiny_config("--probe.size=0", "--training.keep_every=0.67")
+
+    def runs(_: int, seeds: Sequence[int]) -> Mapping[str, RunConfig]:
+        return {f"tiny-{seed}": replace(base, seed=seed) for seed in seeds}
+
+    def measure(folder: Path, config: RunConfig) -> Iterable[Mapping[str, Any]]:
+        seen.append(folder.name)
+        for step in kept_checkpoints(folder):
+            yield {"step": step, "doubled": 2 * config.seed}
+
+    def judged(values: Sequence[Mapping[str, Any]], setting: str) -> list[Any]:
+        counts = {line["seed"]: 0.0 for line in values}
+        for line in values:
+            counts[line["seed"]] += 1
+        return [judge(CLAIM, setting, counts)]
+
+    study = Study("evolution", (CLAIM,), runs, measure, judged)
+    monkeypatch.setattr(module, "load_study", lambda name: study)
+    return seen
+
+
+def test_a_study_goes_on(measured: list[str], tmp_path: Path) -> None:
+    found = run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
+    assert found["claims"][0]["verdict"] == "inconclusive"
+    lines = read_values(tmp_path)
+    assert [(line["run"], line["step"]) for line in lines if line["seed"] == 1] == [
+        ("tiny-1", step) for step in (0, 2, 4, 6, 8)
+    ]
+    assert {line["method"] for line in lines} == {"pgd"}
+    found = run_study("evolution", tmp_path, tier=0, seeds=[2, 1])
+    assert measured == ["tiny-0", "tiny-1", "tiny-2"]
+    assert found["claims"][0]["values"] == {"0": 5.0, "1": 5.0, "2": 5.0}
+    assert found["claims"][0]["verdict"] == "supported"
+    written = json.loads((tmp_path / "study.json").read_text())
+    assert written.pop("environment")
+    assert written == found == judge_study(tmp_path)
+
+
+def test_a_measurement_that_is_stopped_leaves_the_others(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = module._measured
+
+    def broken(name: str, run: Path, config: RunConfig) -> list[dict[str, Any]]:
+        if config.seed == 1:
+            raise KeyboardInterrupt
+        return right(name, run, config)
+
+    monkeypatch.setattr(module, "_measured", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
+    assert {line["seed"] for line in read_values(tmp_path)} == {0}
+    monkeypatch.setattr(module, "_measured", right)
+    run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
+    assert measured == ["tiny-0", "tiny-1"]
+
+
+def test_bad_input_is_named(measured: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tier 3 is unknown; choose from '0', '1', '2'"):
+        run_study("evolution", tmp_path, tier=3)
+    run_study("evolution", tmp_path / "a", tier=0, seeds=[0])
+    with pytest.raises(ConfigError, match="holds study 'evolution' of tier 0, not 'evolution' of tier 1"):
+        run_study("evolution", tmp_path / "a", tier=1, seeds=[0])
+    with pytest.raises(RunFolderError, match="holds no study"):
+        judge_study(tmp_path / "b")
+
+
+def test_the_command_names_the_studies(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["study", "evolutoin", "--out", str(tmp_path / "a")]) == 2
+    assert "study 'evolutoin' is unknown; did you mean 'evolution'" in capsys.readouterr().err
+    assert main(["study", "all", str(tmp_path)]) == 2
+    assert "holds no study" in capsys.readouterr().err
+    assert main(["study", "evolution", str(tmp_path)]) == 2
+    assert "is for 'all'" in capsys.readouterr().err
