@@ -23,7 +23,7 @@ from tangentlab.metrics import mean_interval
 from tangentlab.records import read_study
 from tangentlab.report import write_ledger, write_report
 from tangentlab.report.claims import forest, read_ledger
-from tangentlab.report.figure import DotPanel, ForestPanel, LinePanel, legend
+from tangentlab.report.figure import DotPanel, ForestPanel, LinePanel, dot_rows, legend
 from tangentlab.report.interactive import specifications
 from tangentlab.report.values import Quantity, ValueFigure, value_figure
 
@@ -95,6 +95,27 @@ def test_quantities_and_keys_make_views_and_panels() -> None:
     assert [panel.title for panel in dots.views[0].panels] == ["clean accuracy", "robust accuracy"]
 
 
+def test_quantities_of_one_axis_share_a_panel() -> None:
+    parts = tuple(Quantity(key, "size", name) for key, name in (("cosine", "cos"), ("share", "part")))
+    declared = replace(CURVES, y=parts, colour="y", panels="method", views="inputs")
+    figure = value_figure(declared, planted_study.lines())
+    assert [view.label for view in figure.views] == ["clean", "crafted"]
+    panel = figure.views[1].panels[2]
+    assert isinstance(panel, LinePanel)
+    assert (panel.title, panel.y_axis.label) == ("pgd", "size")
+    assert [(key.name, key.colour) for key in legend(figure)] == [("cos", 0), ("part", 1)]
+
+
+def test_where_takes_one_value_or_several() -> None:
+    def methods(asked: Any) -> set[str]:
+        figure = value_figure(replace(GAP, where={"method": asked, "part": "gap"}), planted_study.lines())
+        return {line.name for panel in figure.panels if isinstance(panel, LinePanel) for line in panel.lines}
+
+    assert methods("pgd") == {"pgd"}
+    assert methods(("pgd", "fgsm")) == methods(["pgd", "fgsm"]) == {"pgd", "fgsm"}
+    assert methods(None) == set()
+
+
 def test_dots_have_a_row_a_category_and_what_was_not_measured_is_left_out() -> None:
     figure = value_figure(DOTS, planted_study.lines())
     clean, robust = figure.views[0].panels
@@ -112,6 +133,20 @@ def test_dots_have_a_row_a_category_and_what_was_not_measured_is_left_out() -> N
     ]
 
 
+def test_names_of_a_category_lie_beside_each_other() -> None:
+    figure = value_figure(DOTS, planted_study.lines())
+    panel = figure.views[0].panels[0]
+    assert isinstance(panel, DotPanel)
+    rows = sorted(row for dots, *both in dot_rows(figure, panel) if dots.category == 1 for row in both)
+    assert len(set(rows)) == 6
+    assert 0.5 < rows[0] < 1 < rows[-1] < 1.5
+    alone = [line | {"statistics": line["method"]} for line in planted_study.lines()]
+    figure = value_figure(DOTS, alone)
+    panel = figure.views[0].panels[0]
+    assert isinstance(panel, DotPanel)
+    assert [round(row) for _, row, _ in dot_rows(figure, panel)] == [0, 1, 2]
+
+
 def test_categories_that_are_numbers_ascend() -> None:
     lines = [{"method": "pgd", "seed": 0, "batch": b, "y": 1.0} for b in (512, 64, 8)]
     (panel,) = value_figure(ValueFigure("b", "B", "", (Quantity("y", "y"),), x="batch"), lines).panels
@@ -123,8 +158,12 @@ def test_categories_that_are_numbers_ascend() -> None:
 def test_a_declaration_says_what_it_leaves_open() -> None:
     with pytest.raises(ConfigError, match=r"figure key '\.\./x' cannot name a file"):
         replace(GAP, key="../x")
-    with pytest.raises(ConfigError, match="figure 'curves' has 2 quantities; one of panels and views"):
+    with pytest.raises(
+        ConfigError, match="figure 'curves' has 2 quantities; one of colour, panels and views"
+    ):
         replace(CURVES, views="")
+    with pytest.raises(ConfigError, match="one axis with several labels or scales"):
+        replace(CURVES, views="", colour="y")
 
 
 def test_nothing_measured_is_said() -> None:

@@ -285,16 +285,27 @@ def value_limits(figure: Figure) -> tuple[float, float]:
 # --- rows of dots ----------------------------------------------------------------------------------------
 
 
-def dot_names(figure: Figure) -> list[str]:
-    """What lies beside each other in a category, in all panels of a figure alike."""
-    return list(dict.fromkeys(d.name for p in figure.panels if isinstance(p, DotPanel) for d in p.dots))
+def dot_names(figure: Figure) -> dict[str, list[str]]:
+    """What lies beside each other in each category, in all panels of a figure alike."""
+    names: dict[str, list[str]] = {}
+    for panel in (panel for panel in figure.panels if isinstance(panel, DotPanel)):
+        for dots in panel.dots:
+            own = names.setdefault(panel.categories[dots.category], [])
+            if dots.name not in own:
+                own.append(dots.name)
+    return names
 
 
-def dot_rows(names: Sequence[str], dots: Dots) -> tuple[float, float]:
-    """The rows of a mean and, a little below it, of its seeds: around their category's number."""
-    share = 0.75 / len(names)
-    middle = dots.category + share * (names.index(dots.name) + 0.5 - len(names) / 2)
-    return middle - 0.14 * share, middle + 0.18 * share
+def dot_rows(figure: Figure, panel: DotPanel) -> list[tuple[Dots, float, float]]:
+    """(dots, row of the mean, row of the seeds a little below), around the category's number."""
+    names = dot_names(figure)
+    share = 0.75 / max(map(len, names.values()))
+    rows = []
+    for dots in panel.dots:
+        own = names[panel.categories[dots.category]]
+        middle = dots.category + share * (own.index(dots.name) + 0.5 - len(own) / 2)
+        rows.append((dots, middle - 0.14 * share, middle + 0.18 * share))
+    return rows
 
 
 # --- legend ----------------------------------------------------------------------------------------------

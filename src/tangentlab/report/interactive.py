@@ -49,7 +49,7 @@ def specifications(figure: Figure) -> list[list[Spec]]:
 def dots_height(figure: Figure) -> int:
     """Pixels that a figure's rows of dots need."""
     rows = max((len(panel.categories) for panel in figure.panels if isinstance(panel, DotPanel)), default=0)
-    return 70 + rows * (18 + 13 * len(dot_names(figure)))
+    return 70 + rows * (14 + 14 * max(map(len, dot_names(figure).values()), default=0))
 
 
 def _panel(figure: Figure, panel: Panel) -> Spec:
@@ -156,7 +156,6 @@ def _label(text: str, x: float, row: int, colour: str, anchor: str) -> Spec:
 
 
 def _dots(figure: Figure, panel: DotPanel) -> Spec:
-    names = dot_names(figure)
     limits = dot_limits(figure, panel)
     layout = _layout(panel.x_axis, panel.y_axis, top=8)
     layout["xaxis"] |= {"range": [math.log10(x) for x in limits] if panel.x_axis.log else list(limits)}
@@ -181,40 +180,39 @@ def _dots(figure: Figure, panel: DotPanel) -> Spec:
     ]  # fmt: skip
     form = "%{x:.1%}" if panel.x_axis.percent else "%{x:.3~g}"
     data: list[Spec] = []
-    for name in names:
-        own = [dots for dots in panel.dots if dots.name == name]
-        if not own:
-            continue
-        colour = run_colour(own[0].colour)
-        seeds = [(dots, seed, value) for dots in own for seed, value in dots.values.items()]
+    placed = dot_rows(figure, panel)
+    for name in dict.fromkeys(dots.name for dots in panel.dots):
+        own = [(dots, row, below) for dots, row, below in placed if dots.name == name]
+        colour = run_colour(own[0][0].colour)
+        seeds = [(d, below, seed, value) for d, _, below in own for seed, value in d.values.items()]
         data.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "name": html.escape(name),
-                "x": [_rounded(value) for _, _, value in seeds],
-                "y": [_rounded(dot_rows(names, dots)[1]) for dots, _, _ in seeds],
-                "text": [_hover(panel, dots, f"seed {seed}") for dots, seed, _ in seeds],
+                "x": [_rounded(value) for *_, value in seeds],
+                "y": [_rounded(row) for _, row, *_ in seeds],
+                "text": [_hover(panel, dots, f"seed {seed}") for dots, _, seed, _ in seeds],
                 "marker": {"symbol": "circle-open", "size": 6, "color": colour},
                 "opacity": 0.7,
                 "hovertemplate": f"%{{text}}<br>{form}<extra></extra>",
             }
         )
-        ends = [dots.interval or (dots.mean, dots.mean) for dots in own]
+        ends = [(dots.mean, *(dots.interval or (dots.mean, dots.mean))) for dots, *_ in own]
         data.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "name": html.escape(name),
-                "x": [_rounded(dots.mean) for dots in own],
-                "y": [_rounded(dot_rows(names, dots)[0]) for dots in own],
-                "text": [_hover(panel, dots, "mean") for dots in own],
+                "x": [_rounded(dots.mean) for dots, *_ in own],
+                "y": [_rounded(row) for _, row, _ in own],
+                "text": [_hover(panel, dots, "mean") for dots, *_ in own],
                 "marker": {"symbol": "diamond", "size": 8, "color": colour},
                 "error_x": {
                     "type": "data",
                     "symmetric": False,
-                    "array": [_rounded(high - d.mean) for d, (_, high) in zip(own, ends, strict=True)],
-                    "arrayminus": [_rounded(d.mean - low) for d, (low, _) in zip(own, ends, strict=True)],
+                    "array": [_rounded(high - mean) for mean, _, high in ends],
+                    "arrayminus": [_rounded(mean - low) for mean, low, _ in ends],
                     "color": colour,
                     "thickness": 2,
                     "width": 0,

@@ -232,7 +232,6 @@ def _mark_rows(panel: Panel) -> int:
 
 
 def _draw_dots(axes: Axes, figure: Figure, panel: DotPanel, *, labelled: bool) -> None:
-    names = dot_names(figure)
     limits = dot_limits(figure, panel)
     if panel.x_axis.log:
         axes.set_xscale("log")
@@ -244,15 +243,9 @@ def _draw_dots(axes: Axes, figure: Figure, panel: DotPanel, *, labelled: bool) -
     if panel.x_axis.percent:
         axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g}%")
     axes.set_xlim(limits)
-    for dots in panel.dots:
-        _draw_seeds(
-            axes,
-            dot_rows(names, dots),
-            list(dots.values.values()),
-            dots.mean,
-            dots.interval,
-            run_colour(dots.colour),
-        )
+    for dots, *rows in dot_rows(figure, panel):
+        seeds = list(dots.values.values())
+        _draw_seeds(axes, rows, seeds, dots.mean, dots.interval, run_colour(dots.colour))
     _set_rows(axes, panel.categories if labelled else [""] * len(panel.categories))
     axes.hlines(
         [row + 0.5 for row in range(len(panel.categories) - 1)], *limits, LIGHT["line"], linewidth=0.4
@@ -286,7 +279,7 @@ def _draw_forest(axes: Axes, panel: ForestPanel) -> None:
 
 def _draw_seeds(
     axes: Axes,
-    rows: tuple[float, float],
+    rows: Sequence[float],
     seeds: Sequence[float],
     mean: float,
     interval: tuple[float, float] | None,
@@ -309,7 +302,7 @@ def _height(figure: Figure, panel: Panel) -> float:
     if isinstance(panel, ForestPanel):
         return 0.17 * len(panel.rows)
     if isinstance(panel, DotPanel):
-        return len(panel.categories) * (0.08 + 0.075 * len(dot_names(figure)))
+        return len(panel.categories) * (0.08 + 0.08 * max(map(len, dot_names(figure).values())))
     return 1.25
 
 

@@ -28,12 +28,27 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number among the raw values: its key, its name with its unit, its scale."""
+    """A number among the raw values.
+
+    Args:
+        key: in the lines.
+        label: of its axis, with its unit.
+        name: where several are told apart; the label if empty.
+        log, percent: its scale.
+    """
 
     key: str
     label: str
+    name: str = ""
     log: bool = False
     percent: bool = False
+
+    @property
+    def axis(self) -> Axis:
+        return Axis(self.label, log=self.log, percent=self.percent)
+
+    def __str__(self) -> str:
+        return self.name or self.label
 
 
 @dataclass(frozen=True)
@@ -45,13 +60,13 @@ class ValueFigure:
         title, caption: say what is seen; how means and intervals are drawn is added.
         y: the quantities.
         x: "epoch" or "step" for curves, any other key for categories.
-        colour: key, a colour a value.
-        panels: key, a panel a value; "y", a panel a quantity; "" for one panel.
+        colour: key, a colour a value; "y", a colour a quantity, all on one axis.
+        panels: likewise, a panel each; "" for one panel.
         views: likewise, a button each.
-        where: key -> value that a line must have to be drawn.
+        where: key -> the value, or a tuple of values, that a line must have to be drawn.
 
     Raises:
-        ConfigError: a key that cannot name a file, or quantities that neither panels nor views tell apart.
+        ConfigError: a key that cannot name a file, or quantities that are not told apart.
 
     >>> ValueFigure("gap", "The gap", "On crafted inputs.", (Quantity("gap", "relative error"),)).panels
     ''
@@ -70,11 +85,13 @@ class ValueFigure:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9-]+", self.key):
             raise ConfigError(f"figure key {self.key!r} cannot name a file; use a-z, 0-9 and '-'")
-        if len(self.y) != 1 and [self.panels, self.views].count(QUANTITY) != 1:
+        if len(self.y) != 1 and [self.colour, self.panels, self.views].count(QUANTITY) != 1:
             raise ConfigError(
-                f"figure {self.key!r} has {len(self.y)} quantities; one of panels and views must be "
+                f"figure {self.key!r} has {len(self.y)} quantities; one of colour, panels and views must be "
                 f"{QUANTITY!r} to tell several apart"
             )
+        if self.colour == QUANTITY and len({quantity.axis for quantity in self.y}) > 1:
+            raise ConfigError(f"figure {self.key!r} has quantities of one axis with several labels or scales")
 
 
 def read_figures(verdicts: Mapping[str, Any], path: Path) -> list[ValueFigure]:
@@ -95,23 +112,25 @@ def read_figures(verdicts: Mapping[str, Any], path: Path) -> list[ValueFigure]:
 
 def _read_figure(entry: Mapping[str, Any]) -> ValueFigure:
     texts = {name: entry[name] for name in ("key", "title", "caption", "x", "colour", "panels", "views")}
-    labels = [quantity[name] for quantity in entry["y"] for name in ("key", "label")]
+    labels = [quantity[name] for quantity in entry["y"] for name in ("key", "label", "name")]
     if not all(isinstance(text, str) for text in (*texts.values(), *labels)):
         raise TypeError("a name is no text")
-    y = tuple(Quantity(q["key"], q["label"], bool(q["log"]), bool(q["percent"])) for q in entry["y"])
+    y = tuple(
+        Quantity(q["key"], q["label"], q["name"], bool(q["log"]), bool(q["percent"])) for q in entry["y"]
+    )
     return ValueFigure(**texts, y=y, where=dict(entry["where"]))
 
 
 def value_figure(declared: ValueFigure, lines: Sequence[Values]) -> Figure:
     """What the declared figure shows of the raw values."""
-    kept = [line for line in lines if all(line.get(k) == value for k, value in declared.where.items())]
+    kept = [line for line in lines if _meets(line, declared.where)]
     places = {value: place for place, value in enumerate(_by(lines, declared.colour))}  # as in other figures
     views = []
     for label, of_view, quantities in _split(kept, declared.views, declared.y):
         rows = _rows(of_view, declared.x, quantities)
         drawn = (
-            _panel(declared, name or label or quantity.label, of_panel, quantity, rows, places)
-            for name, of_panel, (quantity,) in _split(of_view, declared.panels, quantities)
+            _panel(declared, name or label or left[0].label, of_panel, left, rows, places)
+            for name, of_panel, left in _split(of_view, declared.panels, quantities)
         )
         panels = tuple(panel for panel in drawn if panel is not None)
         if panels:
@@ -137,20 +156,24 @@ def _panel(
     declared: ValueFigure,
     title: str,
     lines: Sequence[Values],
-    quantity: Quantity,
+    quantities: Sequence[Quantity],
     rows: Sequence[Any],
     places: Mapping[Any, int],
 ) -> LinePanel | DotPanel | None:
-    parts = [(places[value], _text(value), own) for value, own in _by(lines, declared.colour).items()]
-    axis = Axis(quantity.label, log=quantity.log, percent=quantity.percent)
+    axis = quantities[0].axis
+    if declared.colour == QUANTITY:
+        parts = [(place, clean_text(str(q)), lines, q) for place, q in enumerate(quantities)]
+    else:
+        coloured = _by(lines, declared.colour).items()
+        parts = [(places[value], _text(value), own, quantities[0]) for value, own in coloured]
     if declared.x in TIMES:
-        curves = tuple(line for part in parts for line in _curves(*part, declared.x, quantity))
+        curves = tuple(line for part in parts for line in _curves(*part, declared.x))
         return LinePanel(title, time_axis(declared.x), axis, curves) if curves else None
-    dots = tuple(d for part in parts for d in _dots(*part, declared.x, quantity, rows))
+    dots = tuple(d for part in parts for d in _dots(*part, declared.x, rows))
     return DotPanel(title, axis, Axis(_plain(declared.x)), tuple(map(_text, rows)), dots) if dots else None
 
 
-def _curves(place: int, name: str, lines: Sequence[Values], x: str, quantity: Quantity) -> list[Line]:
+def _curves(place: int, name: str, lines: Sequence[Values], quantity: Quantity, x: str) -> list[Line]:
     """The mean over seeds where all of them were measured, behind it each seed."""
     seeds = [curve for own in _by(lines, "seed").values() if (curve := _curve(own, x, quantity))]
     if len(seeds) < 2:
@@ -179,7 +202,7 @@ def _curve(lines: Sequence[Values], x: str, quantity: Quantity) -> dict[float, f
 
 
 def _dots(
-    place: int, name: str, lines: Sequence[Values], x: str, quantity: Quantity, rows: Sequence[Any]
+    place: int, name: str, lines: Sequence[Values], quantity: Quantity, x: str, rows: Sequence[Any]
 ) -> list[Dots]:
     """A mean over seeds, with each seed, in every category."""
     drawn = []
@@ -208,10 +231,17 @@ def _split(
 ) -> list[tuple[str, Sequence[Values], tuple[Quantity, ...]]]:
     """(name, lines, quantities) of each part that a key, or the quantities, make."""
     if key == QUANTITY:
-        return [(quantity.label, lines, (quantity,)) for quantity in quantities]
+        return [(str(quantity), lines, (quantity,)) for quantity in quantities]
     if not key:
         return [("", lines, quantities)]
     return [(_text(value), own, quantities) for value, own in _by(lines, key).items()]
+
+
+def _meets(line: Values, where: Mapping[str, Any]) -> bool:
+    return all(
+        line.get(key) in asked if isinstance(asked, (tuple, list)) else line.get(key) == asked
+        for key, asked in where.items()
+    )
 
 
 def _by(lines: Sequence[Values], key: str) -> dict[Any, list[Values]]:
