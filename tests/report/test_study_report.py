@@ -77,7 +77,7 @@ def test_a_mean_is_drawn_where_all_seeds_were_measured() -> None:
         assert isinstance(panel, LinePanel)
         return [(line.x, line.y, line.thin, line.in_legend) for line in panel.lines]
 
-    *_, mean = lines((0, 1, 1.0), (0, 2, 1.0), (1, 2, 3.0), (1, 2.0000001, 5.0), (1, 3, 1.0))
+    *_, mean = lines((0, 1, 1.0), (0, 2, 1.0), (1, 2, 3.0), (1, 2.0000000001, 5.0), (1, 3, 1.0))
     assert mean == ((2.0,), (2.5,), False, True)  # seed 1 weighs no more for its two lines
     assert [kept[2:] for kept in lines((0, 1, 1.0), (1, 2, 1.0))] == [(True, True)] * 2
     assert lines((0, 1, 1.0), (0, 2, 3.0)) == [((1.0, 2.0), (1.0, 3.0), False, True)]
@@ -273,6 +273,15 @@ def test_what_a_study_says_stays_text(tmp_path: Path) -> None:
         ElementTree.parse(svg)
 
 
+def test_plots_take_names_as_text() -> None:
+    lines = [line | {"method": "<b>", "statistics": "<a>"} for line in planted_study.lines()]
+    for declared in (CURVES, DOTS):
+        spec = specifications(value_figure(declared, lines))[0][0]
+        assert {trace["name"] for trace in spec["data"]} == {"&lt;b&gt;"}
+    assert spec["layout"]["yaxis"]["ticktext"] == ["&lt;a&gt;"]
+    assert {text for trace in spec["data"] for text in trace["text"]} >= {"&lt;b&gt;, &lt;a&gt;, mean"}
+
+
 def _cut(study: dict[str, Any]) -> None:
     study["figures"][0].pop("y")
 
@@ -293,6 +302,10 @@ def _unclaimed(study: dict[str, Any]) -> None:
     study.pop("claims")
 
 
+def _unbounded(study: dict[str, Any]) -> None:
+    study["claims"][0]["interval"] = [1.0, math.inf]
+
+
 def _halved(study: dict[str, Any]) -> None:
     study["claims"][0]["interval"] = [1.0]
 
@@ -306,6 +319,7 @@ def _halved(study: dict[str, Any]) -> None:
         (_number, "its figures cannot be read: a name is no text"),
         (_unclaimed, "its claims cannot be read"),
         (_halved, "its claims cannot be read"),
+        (_unbounded, "inf is no number"),
     ],
 )
 def test_a_study_that_cannot_be_read_is_named(

@@ -19,7 +19,6 @@ SIGNS = {"supported": "✓", "refuted": "✗", "inconclusive": "?"}
 class Entry:
     """A claim in one setting; ``forest`` is None where nothing was measured."""
 
-    id: str
     statement: str
     source: str
     setting: str
@@ -57,21 +56,19 @@ def read_ledger(verdicts: Mapping[str, Any], where: str) -> Ledger:
 
 def _entry(claim: Mapping[str, Any]) -> Entry:
     values = {str(seed): float(value) for seed, value in claim["values"].items() if is_number(value)}
-    sign, threshold = (">" if claim["above"] else "<"), float(claim["threshold"])
+    sign, threshold = (">" if claim["above"] else "<"), _finite(claim["threshold"])
     verdict, effect, said, forest = str(claim["verdict"]), claim["effect"], "–", None
     if is_number(effect) and values:
         interval = None
-        if claim["interval"] is not None:
-            low, high = claim["interval"]
-            interval = float(low), float(high)
         said = number(effect)
-        if interval:
-            said += f" [{number(interval[0])}, {number(interval[1])}]"
+        if claim["interval"] is not None:
+            low, high = map(_finite, claim["interval"])
+            interval = low, high
+            said += f" [{number(low)}, {number(high)}]"
         label = clean_text(str(claim["id"]).rpartition("/")[2])
         text = f"{said} {sign} {number(threshold)}  {SIGNS.get(verdict, '')} {clean_text(verdict)}"
         forest = ForestRow(label, text, values, effect, interval, threshold, bool(claim["above"]))
     return Entry(
-        id=str(claim["id"]),
         statement=str(claim["statement"]),
         source=str(claim["source"]),
         setting=str(claim["setting"]),
@@ -82,6 +79,12 @@ def _entry(claim: Mapping[str, Any]) -> Entry:
         verdict=verdict,
         forest=forest,
     )
+
+
+def _finite(value: object) -> float:
+    if not is_number(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
 
 
 def forest(ledgers: Sequence[Ledger]) -> Figure:
@@ -102,12 +105,11 @@ def forest(ledgers: Sequence[Ledger]) -> Figure:
     )
 
 
-def verdicts(ledger: Ledger) -> str:
+def tally(ledger: Ledger) -> str:
     """One sentence: how many claims, and how they fared."""
     counted = Counter(entry.verdict for entry in ledger.entries)
     claims = "1 claim" if len(ledger.entries) == 1 else f"{len(ledger.entries)} claims"
-    said = listed(
-        f"{counted[word]} {word}" for word in [*SIGNS, *(counted.keys() - SIGNS.keys())] if counted[word]
-    )
+    words = [*SIGNS, *(word for word in counted if word not in SIGNS)]
+    said = listed(f"{counted[word]} {word}" for word in words if counted[word])
     settings = listed(dict.fromkeys(entry.setting for entry in ledger.entries))
     return f"{claims} on {settings}: {said}." if ledger.entries else "No claim."

@@ -23,7 +23,7 @@ from tangentlab.errors import RunFolderError
 from tangentlab.files import write_atomic
 from tangentlab.records import RunRecord, StudyRecord, is_study, read_run, read_study
 from tangentlab.report import palette
-from tangentlab.report.claims import Ledger, forest, read_ledger, verdicts
+from tangentlab.report.claims import Ledger, forest, read_ledger, tally
 from tangentlab.report.figure import Figure, MatrixPanel, Slider, legend, number, stages_in, value_limits
 from tangentlab.report.figures import FIGURES
 from tangentlab.report.interactive import dots_height, specifications
@@ -65,9 +65,9 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
 
 def write_ledger(studies: Sequence[Mapping[str, Any]], out: Path) -> Path:
     """Write the page on the claims of several studies, each as its study.json, to ``out``."""
-    ledgers = [read_ledger(verdicts_, f"study {verdicts_.get('study')}") for verdicts_ in studies]
-    summary_ = [f"{ledger.study}: {verdicts(ledger)}" for ledger in ledgers]
-    return _write(_Page("Ledger of claims", summary_, ledgers), out)
+    ledgers = [read_ledger(study, f"study {study.get('study')}") for study in studies]
+    said = [f"{ledger.study}: {tally(ledger)}" for ledger in ledgers]
+    return _write(_Page("Ledger of claims", said, ledgers), out)
 
 
 def _runs_page(runs: Sequence[Subject]) -> _Page:
@@ -89,7 +89,7 @@ def _study_page(study: StudyRecord) -> _Page:
     first = runs[: len(next(iter(seeds.values()), []))]
     figures = [figure for make in FIGURES if first and (figure := make(first)).views]
     values = [value_figure(declared, study.values) for declared in read_figures(study.verdicts, path)]
-    said = [verdicts(ledger)]
+    said = [tally(ledger)]
     if runs:
         said.append(states(runs))
     if len(first) < len(runs) and figures:

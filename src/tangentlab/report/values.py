@@ -67,9 +67,6 @@ class ValueFigure:
 
     Raises:
         ConfigError: a key that cannot name a file, or quantities that are not told apart.
-
-    >>> ValueFigure("gap", "The gap", "On crafted inputs.", (Quantity("gap", "relative error"),)).panels
-    ''
     """
 
     key: str
@@ -135,9 +132,9 @@ def value_figure(declared: ValueFigure, lines: Sequence[Values]) -> Figure:
         panels = tuple(panel for panel in drawn if panel is not None)
         if panels:
             views.append(View(label, panels))
-    said = [declared.caption, _CURVES if declared.x in TIMES else _DOTS] + [_GEOMETRIC] * any(
-        q.log for q in declared.y
-    )
+    said = [declared.caption, _CURVES if declared.x in TIMES else _DOTS]
+    if any(quantity.log for quantity in declared.y):
+        said.append(_GEOMETRIC)
     return Figure(
         key=f"values-{declared.key}",  # apart from the figures on runs
         title=declared.title,
@@ -196,7 +193,7 @@ def _curve(lines: Sequence[Values], x: str, quantity: Quantity) -> dict[float, f
     times: dict[float, list[Values]] = {}
     for line in lines:
         if is_number(time := line.get(x)):
-            times.setdefault(float(f"{time:.6g}"), []).append(line)
+            times.setdefault(float(f"{time:.9g}"), []).append(line)
     found = {time: _numbers(own, quantity) for time, own in sorted(times.items())}
     return {time: _mean(numbers, quantity) for time, numbers in found.items() if numbers}
 
