@@ -116,14 +116,18 @@ def _parser() -> Parser:
     study.add_argument("name", metavar="NAME", help="evolution, normalization, gap; or all, for the ledger")
     study.add_argument("folders", type=Path, nargs="*", metavar="FOLDER",
                        help="with all: where to take claims from (default: results/studies/*)")  # fmt: skip
-    study.add_argument("--out", type=Path, help="folder, gone on with where it exists (default: runs/NAME)")
+    study.add_argument("--out", type=Path,
+                       help="folder, gone on with where it exists (default: runs/NAME); with all: HTML file "
+                       "to write instead of printing")  # fmt: skip
     study.add_argument("--tier", type=int, default=1, help="0, 1 or 2: data and network (default: 1)")
     study.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="SEED")
     study.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
     study.set_defaults(call=_study)
 
-    report = commands.add_parser("report", help="one HTML file about runs, and its figures as SVG and PDF")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    report = commands.add_parser(
+        "report", help="one HTML file about runs or a study, and its figures as SVG and PDF"
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, or one study's")
     report.add_argument(
         "--out", type=Path, help="HTML file (default: report.html in the run's or parent folder)"
     )
@@ -251,22 +255,27 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _study(options: argparse.Namespace, _: list[str]) -> None:
+    from tangentlab.report import write_ledger
     from tangentlab.runs.display import ProgressDisplay
     from tangentlab.studies import judge_study, ledger, run_study
 
     if options.name == "all":
-        folders = options.folders or sorted(Path("results/studies").glob("*"))
-        _print(ledger([judge_study(folder) for folder in folders]))
+        results = Path("results/studies").glob("*/config.yaml")
+        folders = options.folders or sorted(path.parent for path in results)
+        found = [judge_study(folder) for folder in folders]
+        table = ledger(found)
+        _print(table if options.out is None else f"Ledger: {write_ledger(found, options.out)}")
         return
     if options.folders:
         raise ConfigError(f"{options.folders[0]} is for 'all'; study {options.name!r} takes --out FOLDER")
     out = options.out or Path("runs") / options.name
     with ProgressDisplay() as display:
-        found = run_study(
+        verdicts = run_study(
             options.name, out, tier=options.tier, seeds=options.seeds, jobs=options.jobs, display=display
         )
-    _print(ledger([found]))
+    _print(ledger([verdicts]))
     _print(f"Study: {out}")
+    _print(f"Report: {_write_report([out], None)}")
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> None:

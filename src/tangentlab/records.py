@@ -1,5 +1,7 @@
 """Run folders: what is written, in which order, so that a kill at any moment leaves a readable run.
 
+Studies' folders are read here too; they are written by their own room.
+
 Whole files (configuration, status, weights, kernels) are replaced atomically; ``metrics.jsonl`` only grows, a
 line a write, and a line that the disk refused is taken back. One process writes into a folder at a time.
 Nothing read here can execute code: JSON, YAML and safetensors.
@@ -275,17 +277,7 @@ def read_run(folder: str | Path) -> RunRecord:
         RunFolderError: not a run folder, or its configuration cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise RunFolderError(f"{folder} is not a folder")
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-    except FileNotFoundError as error:
-        raise RunFolderError(f"{folder} is not a run folder: it holds no config.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RunFolderError(f"{folder}/config.yaml cannot be read: {_one_line(error)}") from error
-    if not isinstance(config, dict) or config.get("schema") != SCHEMA:
-        found = config.get("schema") if isinstance(config, dict) else None
-        raise RunFolderError(f"{folder}/config.yaml has schema {found!r}; this version reads {SCHEMA}")
+    config = _read_config(folder)
     return RunRecord(
         folder=folder,
         config=config,
@@ -294,6 +286,52 @@ def read_run(folder: str | Path) -> RunRecord:
         metrics=_read_lines(folder / "metrics.jsonl"),
         evaluations=_read_lines(folder / "evaluations.jsonl"),
     )
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """A study as it lies on the disk: config.yaml, study.json and the lines of values.jsonl."""
+
+    folder: Path
+    config: dict[str, Any]
+    verdicts: dict[str, Any]
+    values: list[dict[str, Any]]
+
+    @cached_property
+    def runs(self) -> list[RunRecord]:
+        """The runs beside the values, by name; none where only the values were kept."""
+        return [read_run(path.parent) for path in sorted((self.folder / "runs").glob("*/config.yaml"))]
+
+
+def is_study(folder: str | Path) -> bool:
+    """Whether a folder with a configuration is a study's, not a run's.
+
+    Raises:
+        RunFolderError: it is neither, or its configuration cannot be read.
+    """
+    return "study" in _read_config(Path(folder))
+
+
+def read_study(folder: str | Path) -> StudyRecord:
+    """Read the folder of a study that was judged.
+
+    Raises:
+        RunFolderError: not a study, not judged yet, or a file cannot be read.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if "study" not in config:
+        raise RunFolderError(f"{folder} holds no study")
+    if not (folder / "study.json").exists():
+        raise RunFolderError(
+            f"{folder} holds no study.json yet; tangentlab study {config['study']} --out {folder} goes on"
+        )
+    return StudyRecord(folder, config, _read_json(folder / "study.json"), read_values(folder))
+
+
+def read_values(folder: Path) -> list[dict[str, Any]]:
+    """A study's raw values, as far as they were measured."""
+    return _read_lines(folder / "values.jsonl")
 
 
 def kernel_path(folder: Path, step: int) -> Path:
@@ -351,6 +389,21 @@ def _commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder} is not a folder")
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{folder} is not a run folder: it holds no config.yaml") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RunFolderError(f"{folder}/config.yaml cannot be read: {_one_line(error)}") from error
+    if not isinstance(config, dict) or config.get("schema") != SCHEMA:
+        found = config.get("schema") if isinstance(config, dict) else None
+        raise RunFolderError(f"{folder}/config.yaml has schema {found!r}; this version reads {SCHEMA}")
+    return config
 
 
 def _yaml(value: Mapping[str, Any]) -> bytes:

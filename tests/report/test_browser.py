@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import planted_study
 import pytest
 from planted import Report
+
+from tangentlab.records import read_study
+from tangentlab.report import write_ledger
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
@@ -40,10 +45,10 @@ def browser() -> Iterator[sync_api.Browser]:
 
 
 @pytest.fixture(params=[(screen, scheme) for screen in SCREENS for scheme in ("light", "dark")], ids="-".join)
-def page(
-    request: pytest.FixtureRequest, browser: sync_api.Browser, report: Report
-) -> Iterator[sync_api.Page]:
-    """The open page; afterwards, nothing may have been logged, thrown or asked for."""
+def opened(
+    request: pytest.FixtureRequest, browser: sync_api.Browser
+) -> Iterator[Callable[[Path], sync_api.Page]]:
+    """Opens a page; afterwards, nothing may have been logged, thrown or asked for."""
     screen, scheme = request.param
     context = browser.new_context(
         viewport=SCREENS[screen],
@@ -53,7 +58,7 @@ def page(
     )
     page = context.new_page()
     wrong: list[str] = []
-    url = report.html.resolve().as_uri()
+    own: list[str] = []
     page.on("console", lambda message: wrong.append(f"console {message.type}: {message.text}"))
     page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
     page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
@@ -61,12 +66,17 @@ def page(
         "request",
         lambda request: (
             None
-            if request.url.startswith((url, "data:", "blob:"))
+            if request.url.startswith((*own, "data:", "blob:"))
             else wrong.append(f"request: {request.url}")
         ),
     )
-    page.goto(url)
-    yield page
+
+    def open_page(html: Path) -> sync_api.Page:
+        own.append(html.resolve().as_uri())
+        page.goto(own[-1])
+        return page
+
+    yield open_page
     context.close()
     assert wrong == []
 
@@ -96,7 +106,8 @@ def _undrawn(page: sync_api.Page, within: str = "body") -> int:
     )
 
 
-def test_page_draws_reacts_and_fits(page: sync_api.Page, report: Report) -> None:
+def test_page_draws_reacts_and_fits(opened: Callable[[Path], sync_api.Page], report: Report) -> None:
+    page = opened(report.html)
     assert page.title() == "4 runs on digits – tangentlab report"
     assert _undrawn(page) == 0
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
@@ -137,3 +148,33 @@ def test_page_draws_reacts_and_fits(page: sync_api.Page, report: Report) -> None
     page.locator("#theme").click()
     assert page.evaluate(f"[{line}, {ground}]") == before
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_study_draws_reacts_and_fits(opened: Callable[[Path], sync_api.Page], study: Path) -> None:
+    page = opened(study / "report.html")
+    assert page.title() == "Study: gap – tangentlab report"
+    assert _undrawn(page) == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+
+    # Every verdict is in view without scrolling sideways, its sign in a colour of its own.
+    words = page.locator(".word")
+    assert [word.split()[-1] for word in words.all_inner_texts()] == list(planted_study.VERDICTS)
+    assert all(words.nth(i).bounding_box()["x"] < page.viewport_size["width"] - 60 for i in range(4))
+    colours = [words.nth(i).evaluate("(word) => getComputedStyle(word).color") for i in range(3)]
+    assert len(set(colours)) == 3
+
+    # The selector shows the other quantity, the legend hides seeds and mean of one method.
+    figure = page.locator("#values-curves")
+    figure.get_by_role("button", name="share of the change").click()
+    assert _undrawn(page, "#values-curves") == 0
+    dots = page.locator("#values-statistics")
+    dots.locator(".legend button").first.click()
+    shown = "document.querySelector('#values-statistics .plot').data.map((trace) => trace.visible)"
+    assert page.evaluate(shown) == [False, False, True, True, True, True]
+
+
+def test_ledger_needs_no_plots(opened: Callable[[Path], sync_api.Page], study: Path, tmp_path: Path) -> None:
+    page = opened(write_ledger([read_study(study).verdicts] * 2, tmp_path / "ledger.html"))
+    assert page.locator("svg.forest").count() == 6
+    page.locator("#theme").click()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"

@@ -12,6 +12,7 @@ import pytest
 
 from tangentlab.cli import main
 from tangentlab.errors import ConfigError, RunFolderError
+from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig
 from tangentlab.runs.evaluation import kept_checkpoints
 from tangentlab.studies import judge_study, run_study
@@ -20,6 +21,9 @@ from tangentlab.studies.claims import Claim, judge
 from tangentlab.studies.study import Study, read_values
 
 CLAIM = Claim("test/steps", "A run keeps more than one checkpoint.", "checkpoints kept", 1.0)
+FIGURE = ValueFigure(
+    "doubled", "Doubled seeds", "By step.", (Quantity("doubled", "twice the seed"),), x="step"
+)
 Make = Callable[..., RunConfig]
 
 
@@ -43,7 +47,7 @@ def measured(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             counts[line["seed"]] += 1
         return [judge(CLAIM, setting, counts)]
 
-    study = Study("evolution", (CLAIM,), runs, measure, judged)
+    study = Study("evolution", (CLAIM,), runs, measure, judged, (FIGURE,))
     monkeypatch.setattr(module, "load_study", lambda name: study)
     return seen
 
@@ -92,6 +96,24 @@ def test_bad_input_is_named(measured: list[str], tmp_path: Path) -> None:
         run_study("evolution", tmp_path / "a", tier=1, seeds=[0])
     with pytest.raises(RunFolderError, match="holds no study"):
         judge_study(tmp_path / "b")
+
+
+def test_the_command_ends_with_a_report(
+    measured: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    assert main(["study", "evolution", "--tier", "0", "--seeds", "0", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(f"Study: {out}\nReport: {out / 'report.html'}\n")
+    html = (out / "report.html").read_text()
+    assert html.count('<span class="word" data-verdict="inconclusive">') == 1
+    assert (out / "figures" / "values-doubled.svg").exists()
+
+    assert main(["study", "all", str(out)]) == 0
+    assert "| A run keeps more than one checkpoint. |" in capsys.readouterr().out
+    ledger = tmp_path / "ledger.html"
+    assert main(["study", "all", str(out), "--out", str(ledger)]) == 0
+    assert capsys.readouterr().out == f"Ledger: {ledger}\n"
+    assert "A run keeps more than one checkpoint." in ledger.read_text()
 
 
 def test_the_command_names_the_studies(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """What a figure holds, whoever draws it: views of panels, and what to see in them.
 
-A figure has one view or several (a view for each kind of inputs, say), a view has panels, a panel has lines
-or a matrix. Colours are places in the order of the runs, not hues: the renderers choose those.
+A figure has one view or several (a view for each kind of inputs, say), a view has panels, a panel has lines,
+a matrix, or dots in categories. Colours are places in the order of the runs, not hues: the renderers choose
+those.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +33,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. ``colour`` is the place of its run; ``name`` its entry in the legend."""
+    """A curve. ``colour`` is the place of its run; ``name`` its entry in the legend.
+
+    ``low`` and ``high`` are the ends of an interval at each x, where there is one. A ``thin`` line is one
+    seed of several, behind their mean.
+    """
 
     name: str
     x: Sequence[float]
@@ -41,6 +46,9 @@ class Line:
     style: Style = "solid"
     opacity: float = 1.0
     in_legend: bool = True
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    thin: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,59 @@ class MatrixPanel:
     unit: str = ""
 
 
-Panel = LinePanel | MatrixPanel
+@dataclass(frozen=True)
+class Dots:
+    """Values of one name in one category, by seed; their mean, and its interval where there is one."""
+
+    name: str
+    category: int
+    colour: int
+    values: Mapping[str, float]
+    mean: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class DotPanel:
+    """A row a category, the names beside each other in it; values lie along the x axis."""
+
+    title: str
+    x_axis: Axis
+    y_axis: Axis
+    categories: tuple[str, ...]
+    dots: tuple[Dots, ...]
+    colour: int | None = None
+
+
+@dataclass(frozen=True)
+class ForestRow:
+    """A claim's effect against its threshold: values by seed, their mean and its interval."""
+
+    label: str
+    text: str
+    values: Mapping[str, float]
+    mean: float
+    interval: tuple[float, float] | None
+    threshold: float
+    above: bool
+
+    def place(self, value: float) -> float:
+        """Where a value lies, in [-1, 1]: the threshold at 0, each row on its own scale."""
+        shown = [*self.values.values(), self.mean, *(self.interval or ())]
+        farthest = max(abs(x - self.threshold) for x in shown)
+        return 0.94 * (value - self.threshold) / farthest if farthest else 0.0
+
+
+@dataclass(frozen=True)
+class ForestPanel:
+    """Claims below each other. The page draws them in its table, so that only paper figures hold them."""
+
+    title: str
+    rows: tuple[ForestRow, ...]
+    colour: int | None = None
+
+
+Panel = LinePanel | MatrixPanel | DotPanel | ForestPanel
 
 
 @dataclass(frozen=True)
@@ -148,7 +208,7 @@ class Figure:
     key: str
     title: str
     caption: str
-    finding: Finding
+    finding: Finding | None = None
     views: tuple[View, ...] = ()
     selector: str = ""
     slider: Slider | None = None
@@ -170,18 +230,32 @@ def x_limits(figure: Figure, panel: LinePanel) -> tuple[float, float]:
 
 
 def y_limits(figure: Figure, panel: LinePanel) -> tuple[float, float]:
-    """Range of all panels with the same y axis, with a little air."""
+    """Range of all panels with the same y axis, with a little air; accuracies have all of [0, 1]."""
     panels = [p for p in figure.panels if isinstance(p, LinePanel) and p.y_axis == panel.y_axis]
-    values = [y for p in panels for line in p.lines for y in line.y]
-    if panel.y_axis.percent:
+    lines = [line for p in panels for line in p.lines]
+    values = [y for line in lines for y in line.y]
+    if panel.y_axis.percent and min(values) >= 0 and max(values) <= 1:
         return -0.02, 1.02
-    if panel.y_axis.log:
-        low, high = math.log10(min(values)), math.log10(max(values))
-        air = 0.05 * (high - low) or 0.5
-        return 10.0 ** (low - air), 10.0 ** (high + air)
+    return _limits(values, [y for line in lines for y in (*line.low, *line.high)], log=panel.y_axis.log)
+
+
+def dot_limits(figure: Figure, panel: DotPanel) -> tuple[float, float]:
+    """Range of all panels with the same x axis, with a little air."""
+    dots = [d for p in figure.panels if isinstance(p, DotPanel) and p.x_axis == panel.x_axis for d in p.dots]
+    values = [x for d in dots for x in (*d.values.values(), d.mean)]
+    return _limits(values, [x for d in dots for x in d.interval or ()], log=panel.x_axis.log)
+
+
+def _limits(values: Sequence[float], ends: Sequence[float], *, log: bool) -> tuple[float, float]:
+    """All values, and of their intervals' ends what lies within once their range: two seeds' are endless."""
+    if log:
+        values, ends = [math.log10(v) for v in values], [math.log10(e) for e in ends]
     low, high = min(values), max(values)
-    air = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
-    return low - air, high + air
+    span = high - low
+    low, high = max(min([low, *ends]), low - span), min(max([high, *ends]), high + span)
+    air = 0.05 * (high - low) or (0.5 if log else 0.05 * abs(high) or 0.5)
+    low, high = low - air, high + air
+    return (10.0**low, 10.0**high) if log else (low, high)
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -208,6 +282,32 @@ def value_limits(figure: Figure) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + 1.0)
 
 
+# --- rows of dots ----------------------------------------------------------------------------------------
+
+
+def dot_names(figure: Figure) -> dict[str, list[str]]:
+    """What lies beside each other in each category, in all panels of a figure alike."""
+    names: dict[str, list[str]] = {}
+    for panel in (panel for panel in figure.panels if isinstance(panel, DotPanel)):
+        for dots in panel.dots:
+            own = names.setdefault(panel.categories[dots.category], [])
+            if dots.name not in own:
+                own.append(dots.name)
+    return names
+
+
+def dot_rows(figure: Figure, panel: DotPanel) -> list[tuple[Dots, float, float]]:
+    """(dots, row of the mean, row of the seeds a little below), around the category's number."""
+    names = dot_names(figure)
+    share = 0.75 / max(map(len, names.values()))
+    rows = []
+    for dots in panel.dots:
+        own = names[panel.categories[dots.category]]
+        middle = dots.category + share * (own.index(dots.name) + 0.5 - len(own) / 2)
+        rows.append((dots, middle - 0.14 * share, middle + 0.18 * share))
+    return rows
+
+
 # --- legend ----------------------------------------------------------------------------------------------
 
 
@@ -217,7 +317,7 @@ class Key:
 
     name: str
     colour: int | None
-    style: Style
+    style: Style | Literal["dots"]
 
 
 def legend(figure: Figure) -> list[Key]:
@@ -226,6 +326,8 @@ def legend(figure: Figure) -> list[Key]:
     lines = [line for panel in panels for line in panel.lines if line.in_legend]
     by_run = any(panel.colour is not None for panel in panels)
     keys = {line.name: Key(line.name, None if by_run else line.colour, line.style) for line in lines}
+    dots = [d for panel in figure.panels if isinstance(panel, DotPanel) for d in panel.dots]
+    keys |= {d.name: Key(d.name, d.colour, "dots") for d in dots}
     return list(keys.values()) if len(keys) > 1 else []
 
 

@@ -13,11 +13,18 @@ from typing import Any
 
 from tangentlab.report.figure import (
     Axis,
+    DotPanel,
+    Dots,
     Figure,
+    ForestPanel,
+    Line,
     LinePanel,
     MatrixPanel,
     Panel,
     Span,
+    dot_limits,
+    dot_names,
+    dot_rows,
     log_ticks,
     value_limits,
     x_limits,
@@ -39,8 +46,20 @@ def specifications(figure: Figure) -> list[list[Spec]]:
     return [[_panel(figure, panel) for panel in view.panels] for view in figure.views]
 
 
+def dots_height(figure: Figure) -> int:
+    """Pixels that a figure's rows of dots need."""
+    rows = max((len(panel.categories) for panel in figure.panels if isinstance(panel, DotPanel)), default=0)
+    return 70 + rows * (14 + 14 * max(map(len, dot_names(figure).values()), default=0))
+
+
 def _panel(figure: Figure, panel: Panel) -> Spec:
-    return _lines(figure, panel) if isinstance(panel, LinePanel) else _matrix(figure, panel)
+    if isinstance(panel, LinePanel):
+        return _lines(figure, panel)
+    if isinstance(panel, DotPanel):
+        return _dots(figure, panel)
+    if isinstance(panel, ForestPanel):
+        raise TypeError("the page draws claims in their table")
+    return _matrix(figure, panel)
 
 
 # --- lines -----------------------------------------------------------------------------------------------
@@ -82,21 +101,37 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
             layout["annotations"].append(_label(mark.label, mark.x, row, run_colour(mark.colour), anchor))
             row += 1
     form = ".1%" if panel.y_axis.percent else ".3~g"
-    data = [
+    data = [_band(line) for line in panel.lines if line.low] + [
         {
             "type": "scatter",
             "mode": "lines" if len(line.x) > 1 else "markers",
             "name": html.escape(line.name),
             "x": [_rounded(x) for x in line.x],
             "y": [_rounded(y) for y in line.y],
-            "opacity": round(line.opacity, 2),
-            "line": {"color": run_colour(line.colour), "width": 2, "dash": line.style},
-            "marker": {"color": run_colour(line.colour), "size": 7},
-            "hovertemplate": f"%{{y:{form}}}",
+            "opacity": 0.4 if line.thin else round(line.opacity, 2),
+            "line": {"color": run_colour(line.colour), "width": 1 if line.thin else 2, "dash": line.style},
+            "marker": {"color": run_colour(line.colour), "size": 4 if line.thin else 7},
+            **({"hoverinfo": "skip"} if line.thin else {"hovertemplate": f"%{{y:{form}}}"}),
         }
         for line in panel.lines
     ]
     return {"data": data, "layout": layout, "time": panel.x_axis.label}
+
+
+def _band(line: Line) -> Spec:
+    """The interval around a line, as one shape."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": html.escape(line.name),
+        "x": [_rounded(x) for x in (*line.x, *reversed(line.x))],
+        "y": [_rounded(y) for y in (*line.high, *reversed(line.low))],
+        "fill": "toself",
+        "fillcolor": run_colour(line.colour),
+        "line": {"color": run_colour(line.colour), "width": 0},
+        "opacity": 0.14,
+        "hoverinfo": "skip",
+    }
 
 
 def _label_rows(panel: LinePanel) -> int:
@@ -115,6 +150,81 @@ def _label(text: str, x: float, row: int, colour: str, anchor: str) -> Spec:
         "text": html.escape(text), "x": x, "xref": "x", "y": 1, "yref": "paper", "xanchor": anchor,
         "yanchor": "bottom", "yshift": _ROW * row, "showarrow": False, "font": {"size": 11, "color": colour},
     }  # fmt: skip
+
+
+# --- dots ------------------------------------------------------------------------------------------------
+
+
+def _dots(figure: Figure, panel: DotPanel) -> Spec:
+    limits = dot_limits(figure, panel)
+    layout = _layout(panel.x_axis, panel.y_axis, top=8)
+    layout["xaxis"] |= {"range": [math.log10(x) for x in limits] if panel.x_axis.log else list(limits)}
+    if panel.x_axis.percent:
+        layout["xaxis"]["tickformat"] = ".3~%"
+    rows = len(panel.categories)
+    layout["yaxis"] |= {
+        "range": [rows - 0.5, -0.5],
+        "tickvals": list(range(rows)),
+        "ticktext": [html.escape(category) for category in panel.categories],
+        "automargin": True,
+        "showgrid": False,
+        "ticks": "",
+    }
+    layout["hovermode"] = "closest"
+    layout["shapes"] = [
+        {
+            "type": "line", "xref": "paper", "yref": "y", "x0": 0, "x1": 1, "y0": row + 0.5, "y1": row + 0.5,
+            "line": {"color": LIGHT["line"], "width": 1},
+        }
+        for row in range(rows - 1)
+    ]  # fmt: skip
+    form = "%{x:.1%}" if panel.x_axis.percent else "%{x:.3~g}"
+    data: list[Spec] = []
+    placed = dot_rows(figure, panel)
+    for name in dict.fromkeys(dots.name for dots in panel.dots):
+        own = [(dots, row, below) for dots, row, below in placed if dots.name == name]
+        colour = run_colour(own[0][0].colour)
+        seeds = [(d, below, seed, value) for d, _, below in own for seed, value in d.values.items()]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": html.escape(name),
+                "x": [_rounded(value) for *_, value in seeds],
+                "y": [_rounded(row) for _, row, *_ in seeds],
+                "text": [_hover(panel, dots, f"seed {seed}") for dots, _, seed, _ in seeds],
+                "marker": {"symbol": "circle-open", "size": 6, "color": colour},
+                "opacity": 0.7,
+                "hovertemplate": f"%{{text}}<br>{form}<extra></extra>",
+            }
+        )
+        ends = [(dots.mean, *(dots.interval or (dots.mean, dots.mean))) for dots, *_ in own]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": html.escape(name),
+                "x": [_rounded(dots.mean) for dots, *_ in own],
+                "y": [_rounded(row) for _, row, _ in own],
+                "text": [_hover(panel, dots, "mean") for dots, *_ in own],
+                "marker": {"symbol": "diamond", "size": 8, "color": colour},
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [_rounded(high - mean) for mean, _, high in ends],
+                    "arrayminus": [_rounded(mean - low) for mean, low, _ in ends],
+                    "color": colour,
+                    "thickness": 2,
+                    "width": 0,
+                },
+                "hovertemplate": f"%{{text}}<br>{form}<extra></extra>",
+            }
+        )
+    return {"data": data, "layout": layout}
+
+
+def _hover(panel: DotPanel, dots: Dots, what: str) -> str:
+    return html.escape(f"{dots.name}, {panel.categories[dots.category]}, {what}")
 
 
 # --- matrices --------------------------------------------------------------------------------------------

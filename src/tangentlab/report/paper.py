@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,15 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tangentlab.files import write_atomic
 from tangentlab.report.figure import (
     Axis,
+    DotPanel,
     Figure,
+    ForestPanel,
     LinePanel,
     MatrixPanel,
     Panel,
+    dot_limits,
+    dot_names,
+    dot_rows,
     legend,
     log_ticks,
     stages_in,
@@ -38,7 +44,7 @@ from tangentlab.report.palette import LIGHT, SEQUENTIAL, run_colour
 
 _COLUMN, _PAGE = 3.25, 6.75
 _MOST_COLUMNS, _MOST_ROWS = 4, 5
-_LEFT, _BOTTOM, _MARK_ROW = 0.44, 0.36, 0.1  # inches
+_LEFT, _BOTTOM, _MARK_ROW, _GAP, _CHARACTER = 0.44, 0.36, 0.1, 0.12, 0.05  # inches
 _DASHES: dict[str, Any] = {
     "solid": "-",
     "dash": (0, (4, 1.6)),
@@ -91,17 +97,20 @@ def write_paper_figure(figure: Figure, folder: Path) -> None:
 
 
 def _draw(figure: Figure) -> Canvas:
-    columns = min(_MOST_COLUMNS, max(len(view.panels) for view in figure.views))
+    room = max(map(_label_room, figure.panels))
+    columns = min(3 if room else _MOST_COLUMNS, max(len(view.panels) for view in figure.views))
     rows = _rows(figure, columns)
     several = rows[0][0] != rows[-1][0]
-    left = _LEFT + (0.1 if several else 0)
+    left = _GAP if room else _LEFT + (0.1 if several else 0)
     matrices = [panel for panel in figure.panels if isinstance(panel, MatrixPanel)]
     handles = _legend_handles(figure)
-    width = _COLUMN if columns == 1 else _PAGE
+    width = _COLUMN if columns == 1 and room < _COLUMN / 2 else _PAGE
     # All in inches, set by hand: matplotlib's own layout engines give up where a panel is small.
-    right = 0.52 if matrices else 0.08
-    panel_width = (width - right) / columns - left
-    panel_height = min(panel_width, 1.5) if matrices else 1.25
+    right = 0.52 if matrices else max(map(_text_room, figure.panels))
+    panel_width = (width - right - room) / columns - left
+    panel_height = (
+        min(panel_width, 1.5) if matrices else max(_height(figure, panel) for panel in figure.panels)
+    )
     top = 0.2 + _MARK_ROW * max(_mark_rows(panel) for panel in figure.panels)
     row_height = top + panel_height + _BOTTOM
     legend_rows = math.ceil(len(handles) / _legend_columns(width))
@@ -110,18 +119,27 @@ def _draw(figure: Figure) -> Canvas:
     canvas = Canvas(figsize=(width, height))
     for row, (view, panels) in enumerate(rows):
         for column, panel in enumerate(panels):
-            start = column * (left + panel_width) + left
+            start = room + column * (left + panel_width) + left
             bottom = height - row * row_height - top - panel_height
             box = (start / width, bottom / height, panel_width / width, panel_height / height)
             axes = canvas.add_axes(box)
-            title = _title(panel, panel_width)
+            title = _title(panel, panel_width + room)
+            if isinstance(panel, DotPanel) and several:
+                title = f"{view}: {title}"
             axes.set_title(title, loc="left", pad=3 + 72 * (top - 0.2), parse_math=False)
+            if isinstance(panel, ForestPanel):
+                _draw_forest(axes, panel)
+                continue
+            axes.set_xlabel(panel.x_axis.label, labelpad=1.5, parse_math=False)
+            if isinstance(panel, DotPanel):
+                _draw_dots(axes, figure, panel, labelled=column == 0)
+                continue
             if isinstance(panel, LinePanel):
                 _draw_lines(axes, figure, panel)
             else:
                 image = _draw_matrix(axes, figure, panel)
-            axes.set_xlabel(panel.x_axis.label, labelpad=1.5)
-            if column == 0 or panel.y_axis != panels[column - 1].y_axis:
+            before = panels[column - 1]
+            if column == 0 or isinstance(before, ForestPanel) or panel.y_axis != before.y_axis:
                 prefix = f"{view}\n" if several and view != panel.y_axis.label else ""
                 axes.set_ylabel(prefix + panel.y_axis.label, labelpad=1.5, parse_math=False)
     if matrices:
@@ -172,14 +190,18 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
     for span in panel.spans:
         axes.axvspan(span.start, span.end, color=LIGHT[span.label], alpha=0.25, linewidth=0)
     for line in panel.lines:
+        if line.low:
+            colour = run_colour(line.colour)
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.14, linewidth=0)
         axes.plot(
             line.x,
             line.y,
             color=run_colour(line.colour),
             linestyle=_DASHES[line.style],
+            linewidth=0.5 if line.thin else None,
             marker="o" if len(line.x) == 1 else None,
-            markersize=2.5,
-            alpha=line.opacity,
+            markersize=1.5 if line.thin else 2.5,
+            alpha=0.4 if line.thin else line.opacity,
         )
     axes.set_xlim(x_limits(figure, panel))
     _set_scale(axes, panel.y_axis, y_limits(figure, panel))
@@ -207,6 +229,96 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
 
 def _mark_rows(panel: Panel) -> int:
     return sum(bool(mark.label) for mark in panel.marks) if isinstance(panel, LinePanel) else 0
+
+
+def _draw_dots(axes: Axes, figure: Figure, panel: DotPanel, *, labelled: bool) -> None:
+    limits = dot_limits(figure, panel)
+    if panel.x_axis.log:
+        axes.set_xscale("log")
+        if ticks := log_ticks(*limits):
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=_STEPS))
+    if panel.x_axis.percent:
+        axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g}%")
+    axes.set_xlim(limits)
+    for dots, *rows in dot_rows(figure, panel):
+        seeds = list(dots.values.values())
+        _draw_seeds(axes, rows, seeds, dots.mean, dots.interval, run_colour(dots.colour))
+    _set_rows(axes, panel.categories if labelled else [""] * len(panel.categories))
+    axes.hlines(
+        [row + 0.5 for row in range(len(panel.categories) - 1)], *limits, LIGHT["line"], linewidth=0.4
+    )
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+
+
+def _draw_forest(axes: Axes, panel: ForestPanel) -> None:
+    for i, row in enumerate(panel.rows):
+        axes.barh(i, 1 if row.above else -1, height=0.9, color=LIGHT["line"], alpha=0.6, linewidth=0)
+        ends = row.interval and (row.place(row.interval[0]), row.place(row.interval[1]))
+        seeds = [row.place(value) for value in row.values.values()]
+        _draw_seeds(axes, (i - 0.14, i + 0.18), seeds, row.place(row.mean), ends, run_colour(0))
+        axes.annotate(
+            row.text,
+            (1, i),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=6,
+            parse_math=False,
+        )
+    axes.axvline(0, color=LIGHT["muted"], linewidth=0.8, zorder=1)
+    axes.set_xlim(-1, 1)
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    _set_rows(axes, [row.label for row in panel.rows])
+
+
+def _draw_seeds(
+    axes: Axes,
+    rows: Sequence[float],
+    seeds: Sequence[float],
+    mean: float,
+    interval: tuple[float, float] | None,
+    colour: str,
+) -> None:
+    """The mean with its interval, and a circle a seed."""
+    if interval:
+        axes.hlines(rows[0], *interval, colour, linewidth=1.2)
+    axes.plot(seeds, [rows[1]] * len(seeds), "o", markersize=2.2, mfc="none", mec=colour, mew=0.5, alpha=0.8)
+    axes.plot(mean, rows[0], "D", markersize=2.6, color=colour, linewidth=0)
+
+
+def _set_rows(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_yticks(range(len(labels)), labels, parse_math=False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _height(figure: Figure, panel: Panel) -> float:
+    if isinstance(panel, ForestPanel):
+        return 0.17 * len(panel.rows)
+    if isinstance(panel, DotPanel):
+        return len(panel.categories) * (0.08 + 0.08 * max(map(len, dot_names(figure).values())))
+    return 1.25
+
+
+def _label_room(panel: Panel) -> float:
+    """For the names of rows, left of the first panel."""
+    if isinstance(panel, LinePanel | MatrixPanel):
+        return 0.0
+    labels = panel.categories if isinstance(panel, DotPanel) else [row.label for row in panel.rows]
+    return _CHARACTER * max(map(len, labels))
+
+
+def _text_room(panel: Panel) -> float:
+    """For the numbers of a forest, right of it."""
+    if isinstance(panel, ForestPanel):
+        return _CHARACTER * max(len(row.text) for row in panel.rows)
+    return 0.08
 
 
 def _draw_matrix(axes: Axes, figure: Figure, panel: MatrixPanel) -> Any:
@@ -252,7 +364,9 @@ def _legend_handles(figure: Figure) -> list[Any]:
             [],
             [],
             color=LIGHT["ink"] if key.colour is None else run_colour(key.colour),
-            linestyle=_DASHES[key.style],
+            linestyle="none" if key.style == "dots" else _DASHES[key.style],
+            marker="D" if key.style == "dots" else None,
+            markersize=2.6,
             label=key.name,
         )
         for key in legend(figure)

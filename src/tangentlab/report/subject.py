@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class Subject:
         points = {
             float(x): float(y)
             for x, y in zip(*self.record.series(name), strict=True)
-            if _is_number(x) and _is_number(y) and 0 <= y <= most
+            if is_number(x) and is_number(y) and 0 <= y <= most
         }
         times = sorted(points)
         return Curve(tuple(times), tuple(points[x] for x in times))
@@ -96,9 +96,7 @@ class Subject:
 
     def series(self, name: str) -> list[tuple[float, Any]]:
         """(epoch or step, value) for values that are not numbers, such as matrices; as for a curve."""
-        points = {
-            float(x): value for x, value in zip(*self.record.series(name), strict=True) if _is_number(x)
-        }
+        points = {float(x): value for x, value in zip(*self.record.series(name), strict=True) if is_number(x)}
         return sorted(points.items(), key=lambda point: point[0])
 
     def times_of(self, steps: Sequence[int]) -> tuple[float, ...]:
@@ -108,7 +106,7 @@ class Subject:
         known = {
             line["step"]: line["epoch"]
             for line in self.record.metrics
-            if _is_number(line.get("step")) and _is_number(line.get("epoch"))
+            if is_number(line.get("step")) and is_number(line.get("epoch"))
         }
         recorded = sorted(known)
         return tuple(float(t) for t in np.interp(steps, recorded, [known[step] for step in recorded]))
@@ -199,5 +197,6 @@ def clean_text(text: str) -> str:
     return line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 1] + "…"
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value from a file is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

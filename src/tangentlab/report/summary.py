@@ -11,11 +11,12 @@ from tangentlab.report.table import progress
 
 def summary(runs: Sequence[Subject]) -> list[str]:
     """Two to four sentences: the runs and their state, collapse, parting of the kernels, stages."""
-    sentences = [_runs(runs), _collapses(runs), _partings(runs), _stages(runs)]
+    sentences = [states(runs), _collapses(runs), _partings(runs), _stages(runs)]
     return [sentence for sentence in sentences if sentence]
 
 
-def _runs(runs: Sequence[Subject]) -> str:
+def states(runs: Sequence[Subject]) -> str:
+    """How many runs are finished, and which are not."""
     unfinished = [run for run in runs if run.record.state != "finished"]
     named = (
         listed(f"{run.label} ({run.record.state}, {progress(run)})" for run in unfinished)

@@ -2,14 +2,14 @@
 
 STUDY/config.yaml   name, tier and seeds     STUDY/runs/KEY/   the runs
 STUDY/values.jsonl  raw values, each with its run, method and seed
-STUDY/study.json    the claims with their verdicts: a function of values.jsonl alone
+STUDY/study.json    the claims with their verdicts, a function of values.jsonl alone, and the figures to draw
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from joblib import Parallel, delayed
 
 from tangentlab.errors import ConfigError, RunFolderError, unknown_choice
 from tangentlab.files import finite, json_bytes, write_atomic
-from tangentlab.records import SCHEMA, environment
+from tangentlab.records import SCHEMA, environment, read_values
+from tangentlab.report.values import ValueFigure
 from tangentlab.runs import RunConfig, check_outcomes, train_many
 from tangentlab.runs.hooks import Display
 from tangentlab.studies.claims import Claim, Verdict
@@ -44,6 +45,7 @@ class Study:
         runs: (tier, seeds) -> run key -> configuration; keys are folder names.
         measure: a finished run's folder and its configuration -> raw values, JSON-able, a line each.
         judge: all raw values and the setting -> a verdict for each claim.
+        figures: of the raw values, for the report.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Study:
     runs: Callable[[int, Sequence[int]], Mapping[str, RunConfig]]
     measure: Callable[[Path, RunConfig], Iterable[Values]]
     judge: Callable[[Sequence[Values], str], Sequence[Verdict]]
+    figures: tuple[ValueFigure, ...] = ()
 
 
 def load_study(name: str) -> Study:
@@ -117,13 +120,8 @@ def judge_study(folder: str | Path) -> dict[str, Any]:
         "study": study.name,
         "tier": config["tier"],
         "claims": [verdict.as_dict() for verdict in verdicts],
+        "figures": [finite(asdict(figure)) for figure in study.figures],  # finite: lists, as JSON gives back
     }
-
-
-def read_values(folder: Path) -> list[dict[str, Any]]:
-    """The raw values that were measured so far."""
-    path = folder / "values.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _measured(name: str, run: Path, config: RunConfig) -> list[dict[str, Any]]:

@@ -1,0 +1,275 @@
+"""Figures of a study's raw values, drawn as the study declares them: means over seeds with their intervals.
+
+The interval is Student's over seeds, 95 %. Lines of one seed that a figure does not tell apart are averaged
+first, so that seeds weigh the same. On a logarithmic scale both are taken of the logarithm.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tangentlab.errors import ConfigError, RunFolderError
+from tangentlab.metrics import mean_interval
+from tangentlab.report.figure import Axis, DotPanel, Dots, Figure, Line, LinePanel, View
+from tangentlab.report.figures._common import time_axis
+from tangentlab.report.subject import clean_text, is_number
+
+TIMES = ("epoch", "step")
+QUANTITY = "y"
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number among the raw values.
+
+    Args:
+        key: in the lines.
+        label: of its axis, with its unit.
+        name: where several are told apart; the label if empty.
+        log, percent: its scale.
+    """
+
+    key: str
+    label: str
+    name: str = ""
+    log: bool = False
+    percent: bool = False
+
+    @property
+    def axis(self) -> Axis:
+        return Axis(self.label, log=self.log, percent=self.percent)
+
+    def __str__(self) -> str:
+        return self.name or self.label
+
+
+@dataclass(frozen=True)
+class ValueFigure:
+    """A figure of a study's raw values.
+
+    Args:
+        key: of its files, in a-z, 0-9 and "-".
+        title, caption: say what is seen; how means and intervals are drawn is added.
+        y: the quantities.
+        x: "epoch" or "step" for curves, any other key for categories.
+        colour: key, a colour a value; "y", a colour a quantity, all on one axis.
+        panels: likewise, a panel each; "" for one panel.
+        views: likewise, a button each.
+        where: key -> the value, or a tuple of values, that a line must have to be drawn.
+
+    Raises:
+        ConfigError: a key that cannot name a file, or quantities that are not told apart.
+    """
+
+    key: str
+    title: str
+    caption: str
+    y: tuple[Quantity, ...]
+    x: str = "epoch"
+    colour: str = "method"
+    panels: str = ""
+    views: str = ""
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9-]+", self.key):
+            raise ConfigError(f"figure key {self.key!r} cannot name a file; use a-z, 0-9 and '-'")
+        if len(self.y) != 1 and [self.colour, self.panels, self.views].count(QUANTITY) != 1:
+            raise ConfigError(
+                f"figure {self.key!r} has {len(self.y)} quantities; one of colour, panels and views must be "
+                f"{QUANTITY!r} to tell several apart"
+            )
+        if self.colour == QUANTITY and len({quantity.axis for quantity in self.y}) > 1:
+            raise ConfigError(f"figure {self.key!r} has quantities of one axis with several labels or scales")
+
+
+def read_figures(verdicts: Mapping[str, Any], path: Path) -> list[ValueFigure]:
+    """The figures that a study.json declares, if any.
+
+    Raises:
+        RunFolderError: one of them is not what :class:`ValueFigure` writes.
+    """
+    try:
+        figures = [_read_figure(entry) for entry in verdicts.get("figures", ())]
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"{path}: its figures cannot be read: {error}") from error
+    keys = [figure.key for figure in figures]
+    if len(set(keys)) < len(keys):
+        raise RunFolderError(f"{path}: two of its figures have one key, of {', '.join(keys)}")
+    return figures
+
+
+def _read_figure(entry: Mapping[str, Any]) -> ValueFigure:
+    texts = {name: entry[name] for name in ("key", "title", "caption", "x", "colour", "panels", "views")}
+    labels = [quantity[name] for quantity in entry["y"] for name in ("key", "label", "name")]
+    if not all(isinstance(text, str) for text in (*texts.values(), *labels)):
+        raise TypeError("a name is no text")
+    y = tuple(
+        Quantity(q["key"], q["label"], q["name"], bool(q["log"]), bool(q["percent"])) for q in entry["y"]
+    )
+    return ValueFigure(**texts, y=y, where=dict(entry["where"]))
+
+
+def value_figure(declared: ValueFigure, lines: Sequence[Values]) -> Figure:
+    """What the declared figure shows of the raw values."""
+    kept = [line for line in lines if _meets(line, declared.where)]
+    places = {value: place for place, value in enumerate(_by(lines, declared.colour))}  # as in other figures
+    views = []
+    for label, of_view, quantities in _split(kept, declared.views, declared.y):
+        rows = _rows(of_view, declared.x, quantities)
+        drawn = (
+            _panel(declared, name or label or left[0].label, of_panel, left, rows, places)
+            for name, of_panel, left in _split(of_view, declared.panels, quantities)
+        )
+        panels = tuple(panel for panel in drawn if panel is not None)
+        if panels:
+            views.append(View(label, panels))
+    said = [declared.caption, _CURVES if declared.x in TIMES else _DOTS]
+    if any(quantity.log for quantity in declared.y):
+        said.append(_GEOMETRIC)
+    return Figure(
+        key=f"values-{declared.key}",  # apart from the figures on runs
+        title=declared.title,
+        caption=" ".join(said),
+        views=tuple(views),
+        selector="quantity" if declared.views == QUANTITY else _plain(declared.views),
+    )
+
+
+_CURVES = "Lines: mean over seeds; shaded: its 95 % Student interval; thin: single seeds."
+_DOTS = "Circles: single seeds; diamonds and bars: their mean and its 95 % Student interval."
+_GEOMETRIC = "On a logarithmic scale the mean is the geometric one."
+
+
+def _panel(
+    declared: ValueFigure,
+    title: str,
+    lines: Sequence[Values],
+    quantities: Sequence[Quantity],
+    rows: Sequence[Any],
+    places: Mapping[Any, int],
+) -> LinePanel | DotPanel | None:
+    axis = quantities[0].axis
+    if declared.colour == QUANTITY:
+        parts = [(place, clean_text(str(q)), lines, q) for place, q in enumerate(quantities)]
+    else:
+        coloured = _by(lines, declared.colour).items()
+        parts = [(places[value], _text(value), own, quantities[0]) for value, own in coloured]
+    if declared.x in TIMES:
+        curves = tuple(line for part in parts for line in _curves(*part, declared.x))
+        return LinePanel(title, time_axis(declared.x), axis, curves) if curves else None
+    dots = tuple(d for part in parts for d in _dots(*part, declared.x, rows))
+    return DotPanel(title, axis, Axis(_plain(declared.x)), tuple(map(_text, rows)), dots) if dots else None
+
+
+def _curves(place: int, name: str, lines: Sequence[Values], quantity: Quantity, x: str) -> list[Line]:
+    """The mean over seeds where all of them were measured, behind it each seed."""
+    seeds = [curve for own in _by(lines, "seed").values() if (curve := _curve(own, x, quantity))]
+    if len(seeds) < 2:
+        return [Line(name, tuple(curve), tuple(curve.values()), place) for curve in seeds]
+    common = sorted(set.intersection(*(set(curve) for curve in seeds)))
+    drawn = [
+        Line(name, tuple(curve), tuple(curve.values()), place, in_legend=not common, thin=True)
+        for curve in seeds
+    ]
+    if common:
+        over_seeds = [[curve[time] for curve in seeds] for time in common]
+        means = tuple(_mean(values, quantity) for values in over_seeds)
+        low, high = zip(*(_interval(values, quantity) for values in over_seeds), strict=True)
+        drawn.append(Line(name, tuple(common), means, place, low=low, high=high))
+    return drawn
+
+
+def _curve(lines: Sequence[Values], x: str, quantity: Quantity) -> dict[float, float]:
+    """One seed's time -> value; times that differ by rounding alone are one."""
+    times: dict[float, list[Values]] = {}
+    for line in lines:
+        if is_number(time := line.get(x)):
+            times.setdefault(float(f"{time:.9g}"), []).append(line)
+    found = {time: _numbers(own, quantity) for time, own in sorted(times.items())}
+    return {time: _mean(numbers, quantity) for time, numbers in found.items() if numbers}
+
+
+def _dots(
+    place: int, name: str, lines: Sequence[Values], quantity: Quantity, x: str, rows: Sequence[Any]
+) -> list[Dots]:
+    """A mean over seeds, with each seed, in every category."""
+    drawn = []
+    for category, own in _by(lines, x).items():
+        found = {str(seed): _numbers(of_seed, quantity) for seed, of_seed in _by(own, "seed").items()}
+        seeds = {seed: _mean(numbers, quantity) for seed, numbers in found.items() if numbers}
+        values = list(seeds.values())
+        if values:
+            interval = _interval(values, quantity) if len(values) > 1 else None
+            row = rows.index(category)
+            drawn.append(Dots(name, row, place, seeds, _mean(values, quantity), interval))
+    return drawn
+
+
+def _rows(lines: Sequence[Values], x: str, quantities: Sequence[Quantity]) -> list[Any]:
+    """Categories of a view, the same in all its panels so that they can be read across."""
+    measured = [line for line in lines if any(_numbers([line], quantity) for quantity in quantities)]
+    return list(_by(measured, x))
+
+
+# --- lines of values -------------------------------------------------------------------------------------
+
+
+def _split(
+    lines: Sequence[Values], key: str, quantities: tuple[Quantity, ...]
+) -> list[tuple[str, Sequence[Values], tuple[Quantity, ...]]]:
+    """(name, lines, quantities) of each part that a key, or the quantities, make."""
+    if key == QUANTITY:
+        return [(str(quantity), lines, (quantity,)) for quantity in quantities]
+    if not key:
+        return [("", lines, quantities)]
+    return [(_text(value), own, quantities) for value, own in _by(lines, key).items()]
+
+
+def _meets(line: Values, where: Mapping[str, Any]) -> bool:
+    return all(
+        line.get(key) in asked if isinstance(asked, (tuple, list)) else line.get(key) == asked
+        for key, asked in where.items()
+    )
+
+
+def _by(lines: Sequence[Values], key: str) -> dict[Any, list[Values]]:
+    """Lines by a key's value: numbers ascending, else in the order that they were measured."""
+    groups: dict[Any, list[Values]] = {}
+    for line in lines:
+        if isinstance(value := line.get(key), (str, int, float)):
+            groups.setdefault(value, []).append(line)
+    return dict(sorted(groups.items())) if all(is_number(value) for value in groups) else groups
+
+
+def _numbers(lines: Sequence[Values], quantity: Quantity) -> list[float]:
+    """The numbers that the quantity's scale can show."""
+    found = (line.get(quantity.key) for line in lines)
+    return [float(y) for y in found if is_number(y) and (y > 0 or not quantity.log)]
+
+
+def _mean(values: Sequence[float], quantity: Quantity) -> float:
+    return math.exp(fmean(map(math.log, values))) if quantity.log else fmean(values)
+
+
+def _interval(values: Sequence[float], quantity: Quantity) -> tuple[float, float]:
+    low, high = mean_interval([math.log(value) for value in values] if quantity.log else values)
+    return (math.exp(low), math.exp(high)) if quantity.log else (low, high)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else clean_text(str(value))
+
+
+def _plain(key: str) -> str:
+    return clean_text(key.replace("_", " ")) if key else ""
