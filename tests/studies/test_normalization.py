@@ -12,6 +12,7 @@ import torch
 from tangentlab import modes
 from tangentlab.attacks import PGD
 from tangentlab.models import MODELS
+from tangentlab.randomness import generator
 from tangentlab.runs import RunConfig, train
 from tangentlab.runs.build import build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import checkpoint_path, count_correct
@@ -107,12 +108,22 @@ def test_the_attack_meets_the_defenders_statistics(tier: Tier, trained: dict) ->
     with modes.buffers_kept(model):
         recalibrate(model, inputs.split(4), variance="biased", momentum=0.0)
         assert counted(average(4, "biased")) == (direct(None), direct(attack))
-    noise = normalization.randomness.generator(3, "normalization/evaluation", 0)
-    with modes.evaluation(model), modes.batchnorm(model, statistics="batch"), torch.no_grad():
-        crafted = attack(model, x, y, generator=noise)
-        found = tuple(int((model(fed).argmax(1) == y).sum()) for fed in (x, crafted))
-    assert counted(current(128)) == found
-    assert found[1] != counted(Setting())[1]
+
+    def crafted() -> torch.Tensor:
+        return attack(model, x, y, generator=generator(3, "normalization/evaluation", 0))
+
+    def correct(fed: torch.Tensor) -> int:
+        with torch.no_grad():
+            return int((model(fed).argmax(1) == y).sum())
+
+    with modes.evaluation(model), modes.buffers_kept(model):
+        recalibrate(model, [x], variance="biased")
+        held = crafted()
+        assert counted(Setting("clean-batch", "biased", 128)) == (correct(x), correct(held))
+        with modes.batchnorm(model, statistics="batch"):
+            joint = crafted()
+            assert counted(current(128)) == (correct(x), min(correct(joint), correct(held)))
+            assert not torch.equal(joint, held)
 
 
 def test_dual_batchnorm_is_judged_by_both_branches(tier: Tier, trained: dict) -> None:

@@ -14,10 +14,13 @@ clean, crafted, mixture
 clean-batch  each test batch by its own clean inputs' statistics, held while it is attacked: as if few
              examples of a batch were attacked
 batch        the current batch's statistics, of the clean batch and of the crafted one; every output depends
-             on the whole batch, and PGD climbs the batch's summed loss through the statistics
+             on the whole batch. PGD climbs the batch's summed loss through the statistics, or each example's
+             with the statistics held at the clean batch's; of each batch the one that leaves fewer correct
+             counts. The first alone spends itself on few examples: of a standard network on digits it left
+             half of a batch correct, where the second left an eighth
 
 Robust accuracy is PGD-20's from a random start on the first test points; nothing stronger is claimed.
-Hardware and time: a CPU; the three tiers take minutes, an hour and hours.
+Hardware and time: a CPU; three seeds take about 4, 80 and 90 minutes of one core at the tiers 0, 1 and 2.
 """
 
 from __future__ import annotations
@@ -86,8 +89,8 @@ TIERS = {
     0: Tier(
         "digits", ("--eps=0.15", "--training.epochs=12", "--training.batch_size=64"), ALL, 1024, 360, 8, True
     ),
-    1: Tier("fashion-mnist", ("--training.epochs=5",), ALL, 2048, 1000, 1, True),
-    2: Tier("cifar10-narrow", ("--training.epochs=8",), ("standard", "fgsm_rs", "pgd"), 2048, 500, 2, False),
+    1: Tier("fashion-mnist", ("--training.epochs=8",), ALL, 2048, 1000, 1, True),
+    2: Tier("cifar10-narrow", ("--training.epochs=10",), ("standard", "fgsm_rs", "pgd"), 2048, 500, 2, False),
 }
 GRID = ("standard", "pgd")  # methods whose networks meet every batch size, momentum and variance
 
@@ -132,8 +135,8 @@ TRADE = Claim(
 )
 BATCH = Claim(
     "normalization/batch",
-    "Normalized by the crafted batch of 128 and attacked through its statistics, a PGD-trained network has "
-    "more than 1 point less robust accuracy than as trained.",
+    "Normalized by the crafted batch of 128 and attacked through its statistics or with them held, a "
+    "PGD-trained network has more than 1 point less robust accuracy than as trained.",
     "robust accuracy as trained minus by the current batch, points",
     1.0,
 )
@@ -311,15 +314,20 @@ def _count_in_batches(
     correct, device = 0, _device(model)
     assert setting.batch_size is not None
     assert setting.variance is not None
+    own = "running" if setting.statistics == "clean-batch" else "batch"
     for number, (x, y) in enumerate(_batches(points, setting.batch_size, device)):
-        noise = randomness.generator(seed, "normalization/evaluation", number, device=device)
-        held = setting.statistics == "clean-batch"
-        if held:
-            recalibrate(model, [x], variance=setting.variance)
-        statistics = modes.batchnorm(model, statistics="running" if held else "batch")
-        with modes.evaluation(model), statistics, torch.no_grad():
-            fed = x if attack is None else attack(model, x, y, generator=noise)
-            correct += int((model(fed).argmax(1) == y).sum())
+        recalibrate(model, [x], variance=setting.variance)  # what "running" reads
+        left = []
+        for crafting in {own, "running"}:
+            with modes.evaluation(model), torch.no_grad():
+                fed = x
+                if attack is not None:
+                    noise = randomness.generator(seed, "normalization/evaluation", number, device=device)
+                    with modes.batchnorm(model, statistics=crafting):
+                        fed = attack(model, x, y, generator=noise)
+                with modes.batchnorm(model, statistics=own):
+                    left.append(int((model(fed).argmax(1) == y).sum()))
+        correct += min(left)
     return correct
 
 
