@@ -91,6 +91,31 @@ def test_updates_are_asked_for_by_the_innermost_context() -> None:
     assert not modes.updates_buffers(model)
 
 
+class Apart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = "crafted"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.branch == "clean" else -x
+
+
+def test_a_branch_is_chosen_and_put_back() -> None:
+    model = nn.Sequential(Apart(), Apart(), Apart(), nn.Identity())
+    model[1].branch = "clean"
+    model[3].branch = "git"  # somebody else's word
+    x = torch.ones(1)
+    with pytest.raises(ZeroDivisionError), modes.branch(model, "crafted"):  # noqa: PT012
+        assert model(x) == -1
+        with modes.branch(model, "clean"):
+            assert model(x) == 1
+        assert model(x) == -1
+        raise ZeroDivisionError
+    assert [m.branch for m in model] == ["crafted", "clean", "crafted", "git"]
+    with pytest.raises(ConfigError, match=r"branch 'craft' is unknown; did you mean 'crafted'\?"):
+        modes.branch(model, "craft").__enter__()
+
+
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ConfigError, match=r"statistics 'bacth' is unknown; did you mean 'batch'\?"):
         modes.batchnorm(network(), statistics="bacth").__enter__()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tangentlab import attacks, metrics, modes
+    from tangentlab import attacks, metrics, modes, training
     from tangentlab.kernels import ntk
     from tangentlab.probes import KernelProbe
     from tangentlab.randomness import generator
@@ -38,6 +38,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "load_config": ("runs", "load_config"),
     "train": ("runs", "train"),
     "train_many": ("runs", "train_many"),
+    "training": ("training", None),
 }
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "read_run",
     "train",
     "train_many",
+    "training",
     "write_report",
 ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tangentlab.errors import ConfigError, unknown_choice
 
 STATISTICS = ("running", "batch")
+BRANCHES = ("clean", "crafted")
+"""Of layers that treat clean and crafted inputs apart: modules whose attribute ``branch`` is one of these."""
 
 # Models whose running statistics the caller has asked to be updated, by id, within this context.
 _updating: ContextVar[frozenset[int]] = ContextVar("_updating", default=frozenset())
@@ -115,6 +118,29 @@ def batchnorm(model: nn.Module, *, statistics: str | None = None, update: bool =
         _updating.reset(token)
         for module, (training, tracked) in zip(modules, before, strict=True):
             module.training, module.track_running_stats = training, tracked
+
+
+@contextmanager
+def branch(model: nn.Module, name: str) -> Iterator[None]:
+    """Forwards go through that branch of every layer that has :data:`BRANCHES`; others are left alone.
+
+    Raises:
+        ConfigError: there is no such branch.
+    """
+    if name not in BRANCHES:
+        raise ConfigError(unknown_choice("branch", name, BRANCHES))
+    before: list[tuple[Any, str]] = []
+    for module in model.modules():
+        own = getattr(module, "branch", None)
+        if isinstance(own, str) and own in BRANCHES:
+            before.append((module, own))
+    try:
+        for module, _ in before:
+            module.branch = name
+        yield
+    finally:
+        for module, own in before:
+            module.branch = own
 
 
 def updates_buffers(model: nn.Module) -> bool:

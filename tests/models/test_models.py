@@ -6,7 +6,9 @@ from tangentlab.errors import ConfigError, ModelError
 from tangentlab.models import (
     MLP,
     MODELS,
+    DualBatchNorm2d,
     Normalize,
+    NormalizeEach,
     PreActResNet18,
     SmallCNN,
     check_output,
@@ -59,6 +61,33 @@ def test_normalize_standardizes_channels() -> None:
     out = Normalize(pixels.mean(1), pixels.std(1))(x).transpose(0, 1).flatten(1)
     assert torch.allclose(out.mean(1), torch.zeros(3), atol=1e-5)
     assert torch.allclose(out.std(1), torch.ones(3), atol=1e-5)
+
+
+def test_normalize_each_standardizes_images() -> None:
+    x = torch.rand(5, 2, 4, 4) * torch.arange(5.0).reshape(5, 1, 1, 1) + 3
+    out = NormalizeEach()(x)
+    assert torch.allclose(out.mean((1, 2, 3)), torch.zeros(5), atol=1e-5)
+    assert torch.allclose(out[1:].std((1, 2, 3), correction=0), torch.ones(4), atol=1e-5)
+    assert out[0].abs().max() == 0  # an image without contrast has a finite one
+
+
+@pytest.mark.parametrize("network", [SmallCNN, PreActResNet18])
+def test_normalizations_take_the_place_of_batchnorm(network: type) -> None:
+    kinds = {"batch": nn.BatchNorm2d, "dual": DualBatchNorm2d, "group": nn.GroupNorm, "none": nn.Identity}
+    settings = {"width": 4} if network is PreActResNet18 else {}
+    counts = []
+    for name, kind in kinds.items():
+        model = network((1, 8, 8), 3, normalization=name, **settings)
+        counts.append(sum(isinstance(m, kind) for m in model.modules()))
+        norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
+        assert len(norms) == {"batch": 1, "dual": 2, "group": 1, "none": 0}[name] * counts[0]
+        check_output(model, torch.rand(3, 1, 8, 8), 3)
+    assert len(set(counts)) == 1
+    assert SmallCNN((1, 8, 8), 3, normalization="none").features[0].bias is not None
+    with pytest.raises(ConfigError, match="normalization 'layer' is unknown; choose from 'batch', 'dual'"):
+        network((1, 8, 8), 3, normalization="layer", **settings)
+    with pytest.raises(ConfigError, match="channels in multiples of 4, not 6"):
+        SmallCNN((1, 8, 8), 3, widths=(6,), strides=(1,), normalization="group")
 
 
 def test_import_paths_need_permission() -> None:

@@ -251,6 +251,13 @@ def test_bf16_trains_and_is_evaluated_in_fp32(tiny_config: Make, tmp_path: Path)
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+def test_normalize_is_a_switch_or_a_way(tiny_config: Make) -> None:
+    assert tiny_config("--data.normalize=per-image").data.normalize == "per-image"
+    assert tiny_config("--data.normalize=true").data.normalize is True
+    with pytest.raises(ConfigError, match="data.normalize 'per-imag' is unknown; did you mean 'per-image'"):
+        tiny_config("--data.normalize=per-imag")
+
+
 def test_normalize_is_the_first_layer_and_travels_with_the_weights(tiny_config: Make, tmp_path: Path) -> None:
     config = tiny_config("--data.normalize=true", "--training.epochs=1")
     train(config, tmp_path / "run")

@@ -218,6 +218,23 @@ def test_crafting_uses_the_statistics_asked_for(method: Adversarial) -> None:
 
 
 @every_adversarial
+def test_clean_and_crafted_inputs_take_their_own_branch(method: Adversarial) -> None:
+    model = Counting().train()
+    model.branch, seen = "crafted", []
+    model.register_forward_pre_hook(lambda m, args: seen.append((m.branch, args[0].detach().clone())))
+    updates = tuple(name for name in method.buffer_updates if name != "clean")
+    method = replace(method, buffer_updates=(*updates, "clean"))
+    if _mixes(method):
+        method = replace(method, clean_weight=0.5)
+    run(state_of(model), method, 1)
+    clean = [bool((x == batch(0).x).all()) for name, x in seen if name == "clean"]
+    trades = isinstance(method, TRADESTraining)
+    assert clean == [True] * (3 if trades else 2)  # TRADES: the divergence's other end, the loss; the update
+    assert len(seen) > len(clean)
+    assert model.branch == "crafted"
+
+
+@every_adversarial
 def test_what_is_trained_on_is_in_the_ball_and_the_box(method: Adversarial) -> None:
     model = Counting()
     state = state_of(model)

@@ -13,10 +13,21 @@ from torch import Tensor, nn
 
 from tangentlab.errors import ModelError, first_line, unknown_choice
 from tangentlab.models.mlp import MLP
+from tangentlab.models.normalization import DualBatchNorm2d
 from tangentlab.models.preactresnet import PreActResNet18
 from tangentlab.models.small_cnn import SmallCNN
 
-__all__ = ["MLP", "MODELS", "Normalize", "PreActResNet18", "SmallCNN", "check_output", "model_class"]
+__all__ = [
+    "MLP",
+    "MODELS",
+    "DualBatchNorm2d",
+    "Normalize",
+    "NormalizeEach",
+    "PreActResNet18",
+    "SmallCNN",
+    "check_output",
+    "model_class",
+]
 
 MODELS: dict[str, type[nn.Module]] = {"small_cnn": SmallCNN, "mlp": MLP, "preactresnet18": PreActResNet18}
 
@@ -34,6 +45,15 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
+
+
+class NormalizeEach(nn.Module):
+    """(x − m)/max(s, 1/√d), m and s the mean and standard deviation of each image's own d values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.flatten(1)
+        std, mean = torch.std_mean(values, dim=1, correction=0, keepdim=True)
+        return ((values - mean) / std.clamp_min(values.shape[1] ** -0.5)).view_as(x)
 
 
 def model_class(name: str, allow_import: Iterable[str] = ()) -> type[nn.Module] | Callable[..., nn.Module]:

@@ -1,4 +1,4 @@
-"""A small convolutional network with BatchNorm, for digits and Fashion-MNIST.
+"""A small convolutional network, by default with BatchNorm, for digits and Fashion-MNIST.
 
 The defaults are the network of the tier-1 experiments: three convolutions (16, 32, 64) and a hidden layer
 of 128.
@@ -9,10 +9,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tangentlab.errors import ConfigError
+from tangentlab.models.normalization import normalization_layer
 
 
 class SmallCNN(nn.Module):
-    """[conv 3×3 – BatchNorm – ReLU] × k, then [linear – ReLU] if ``hidden`` > 0, then linear.
+    """[conv 3×3 – normalization – ReLU] × k, then [linear – ReLU] if ``hidden`` > 0, then linear.
 
     Args:
         input_shape: (channels, height, width) of one example.
@@ -20,6 +21,7 @@ class SmallCNN(nn.Module):
         widths: output channels of each convolution.
         strides: stride of each convolution, as many as ``widths``.
         hidden: units of the hidden layer; 0 leaves it out.
+        normalization: batch, dual (BatchNorm apart for clean and crafted inputs), group (of four) or none.
 
     Maps [n, channels, height, width] to logits [n, C].
     """
@@ -32,6 +34,7 @@ class SmallCNN(nn.Module):
         widths: tuple[int, ...] = (16, 32, 64),
         strides: tuple[int, ...] = (1, 2, 2),
         hidden: int = 128,
+        normalization: str = "batch",
     ) -> None:
         super().__init__()
         if len(widths) != len(strides):
@@ -41,8 +44,10 @@ class SmallCNN(nn.Module):
         channels, height, width = input_shape
         layers: list[nn.Module] = []
         for out, stride in zip(widths, strides, strict=True):
-            # BatchNorm takes the bias out again.
-            layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            # A normalization has its own; BatchNorm would take the convolution's out again.
+            bias = normalization == "none"
+            layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=bias)]
+            layers += [normalization_layer(normalization, out), nn.ReLU()]
             channels, height, width = out, -(-height // stride), -(-width // stride)
         self.features = nn.Sequential(*layers, nn.Flatten())
         units = channels * height * width

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tangentlab import data, modes, randomness
 from tangentlab.attacks import FGSM, PGD, Attack
 from tangentlab.errors import ConfigError, ModelError, TangentlabError, first_line
-from tangentlab.models import Normalize, check_output, model_class
+from tangentlab.models import Normalize, NormalizeEach, check_output, model_class
 from tangentlab.probes import KernelProbe
 from tangentlab.runs.config import RunConfig
 from tangentlab.runs.parsing import FROM_DATA, build_method
@@ -76,7 +76,9 @@ def build_model(
             ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {config.model['name']!r} makes a {type(model).__name__}, not an nn.Module")
-    if config.data.normalize:
+    if config.data.normalize == "per-image":
+        model = nn.Sequential(NormalizeEach(), model)
+    elif config.data.normalize:
         pixels = examples.train.x().transpose(0, 1).flatten(1)
         model = nn.Sequential(Normalize(pixels.mean(dim=1), pixels.std(dim=1)), model)
     if config.training.batchnorm_momentum is not None:

@@ -30,8 +30,8 @@ class DataConfig:
         crop: pixels of padding before a random crop; 0 for no crop.
         padding: zero or reflect.
         flip: flip horizontally with probability one half.
-        normalize: subtract the training images' channel means and divide by their standard deviations,
-            as the network's first layer.
+        normalize: as the network's first layer, subtract the training images' channel means and divide by
+            their standard deviations (true), or each image's own mean and standard deviation (per-image).
     """
 
     name: str = "digits"
@@ -41,7 +41,7 @@ class DataConfig:
     crop: int = 0
     padding: Literal["zero", "reflect"] = "zero"
     flip: bool = False
-    normalize: bool = False
+    normalize: bool | Literal["per-image"] = False
 
     def __post_init__(self) -> None:
         if self.name not in DATASETS:

@@ -333,6 +333,10 @@ def _parser_message(error: Exception, values: Mapping[str, Any]) -> str:
     value: Any = values
     for part in key[1].split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
+    words = re.search(r"Union subtypes.*<class 'bool'>, typing\.Literal\[(.*?)\]", text)
+    if words:  # switched off, on, or in a way that has a name
+        names = [name.strip().strip("'") for name in words[1].split(",")]
+        return unknown_choice(key[1], value, ["false", "true", *names])
     expected = re.search(r"Expected an? (.+?)\. Got value", text)
     if expected is None:
         return f"{key[1]}={value!r}: {text.split(': ', 1)[-1]}"

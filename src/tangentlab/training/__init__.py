@@ -11,6 +11,7 @@ from tangentlab.training.loop import Step, StepHook, TrainingState, check_parame
 from tangentlab.training.method import Adversarial, Batch, Memory, Method, Network, Share
 from tangentlab.training.n_fgsm import NFGSMTraining
 from tangentlab.training.pgd import PGDTraining
+from tangentlab.training.recalibration import recalibrate
 from tangentlab.training.schedules import SCHEDULES
 from tangentlab.training.standard import Standard
 from tangentlab.training.trades import TRADESTraining
@@ -57,6 +58,7 @@ __all__ = [
     "check_parameters",
     "load_checkpoint",
     "load_weights",
+    "recalibrate",
     "save_checkpoint",
     "save_weights",
     "train",

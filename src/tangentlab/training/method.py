@@ -268,7 +268,7 @@ class Adversarial:
         loss = self.cross_entropy(logits, batch.y)
         if not self.clean_weight:
             return loss
-        with self.updating(network.bare, "loss"):
+        with self.updating(network.bare, "loss", branch="clean"):
             clean = self.cross_entropy(network.bare(batch.x), batch.y)
         return (1 - self.clean_weight) * loss + self.clean_weight * clean
 
@@ -280,13 +280,15 @@ class Adversarial:
     def crafting(self, model: nn.Module) -> Iterator[None]:
         """BatchNorm as crafting has it."""
         update = "crafting" in self.buffer_updates
-        with modes.batchnorm(model, statistics=self.crafting_statistics, update=update):
+        statistics = modes.batchnorm(model, statistics=self.crafting_statistics, update=update)
+        with statistics, modes.branch(model, "crafted"):
             yield
 
     @contextmanager
-    def updating(self, model: nn.Module, forward: str) -> Iterator[None]:
+    def updating(self, model: nn.Module, forward: str, *, branch: str = "crafted") -> Iterator[None]:
         """Batch statistics; buffers move if ``forward`` is one of ``buffer_updates``."""
-        with modes.batchnorm(model, statistics="batch", update=forward in self.buffer_updates):
+        statistics = modes.batchnorm(model, statistics="batch", update=forward in self.buffer_updates)
+        with statistics, modes.branch(model, branch):
             yield
 
     def begin(self, network: Network, batch: Batch) -> None:
@@ -301,7 +303,7 @@ class Adversarial:
 
     @torch.no_grad()
     def _clean_forward(self, network: Network, batch: Batch) -> None:
-        with self.updating(network.bare, "clean"):
+        with self.updating(network.bare, "clean", branch="clean"):
             network.bare(batch.x)
 
 

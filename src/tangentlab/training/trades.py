@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tangentlab import modes
 from tangentlab.attacks import Passes
 from tangentlab.attacks.threat import ascent, crafting, gaussian, project
 from tangentlab.errors import ConfigError
@@ -61,7 +62,8 @@ class TRADESTraining(Adversarial):
     def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
         """The last iterate."""
         with crafting(model, batch.x, batch.y) as (x, _):
-            clean = _log_probabilities(model(x))
+            with modes.branch(model, "clean"):
+                clean = _log_probabilities(model(x))
 
             def divergence(logits: Tensor) -> Tensor:
                 return F.kl_div(_log_probabilities(logits), clean, reduction="none", log_target=True).sum(1)
@@ -77,7 +79,7 @@ class TRADESTraining(Adversarial):
         self.begin(network, batch)
         with self.crafting(network.bare):
             x_adv = self.craft(network.bare, batch, memory=memory, generator=generator)
-        with self.updating(network.bare, "loss"):
+        with self.updating(network.bare, "loss", branch="clean"):
             clean = network.bare(batch.x)
         divergence = F.kl_div(
             _log_probabilities(self.logits(network, x_adv)),
