@@ -27,7 +27,7 @@ def test_the_forward_takes_the_biased_variance_and_the_buffer_the_unbiased(batch
     """They differ by m/(m − 1), m = B·H·W."""
     h, m = normal(batch, 1, pixels, 1), batch * pixels
     module = updated(nn.BatchNorm2d(1, momentum=1.0, eps=1e-14).double(), h)
-    with modes.batchnorm(module, statistics="batch"):
+    with torch.no_grad(), modes.batchnorm(module, statistics="batch"):
         normalized = module(h)
     assert float(normalized.var(correction=0)) == pytest.approx(1, rel=1e-12)
     assert float(module.running_var) == pytest.approx(float(h.var(correction=0)) * m / (m - 1), rel=1e-12)

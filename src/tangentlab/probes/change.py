@@ -78,8 +78,7 @@ def output_change(
     if batchnorm == "batch" or not drifted:
         none = torch.zeros_like(parameters)
         return OutputChange(actual, parameters, none, none, parameters)
-    settled = copy.deepcopy(before)
-    settled.load_state_dict({**before.state_dict(), **dict(after.named_buffers())})
+    settled = drift_only(before, after)
     return OutputChange(
         actual,
         parameters,
@@ -87,6 +86,13 @@ def output_change(
         drift=_outputs(settled, x, batchnorm) - first,
         parameters_after=tangent_change(settled, x, moved),
     )
+
+
+def drift_only(before: nn.Module, after: nn.Module) -> nn.Module:
+    """A copy with the parameters of ``before`` and the buffers of ``after``."""
+    settled = copy.deepcopy(before)
+    settled.load_state_dict({**before.state_dict(), **dict(after.named_buffers())})
+    return settled
 
 
 def adversarial_change(

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from joblib import Parallel, delayed
 
@@ -128,7 +129,12 @@ def read_values(folder: Path) -> list[dict[str, Any]]:
 
 def _measured(name: str, run: Path, config: RunConfig) -> list[dict[str, Any]]:
     place = {"run": run.name, "method": config.method["name"], "seed": config.seed}
-    return [{**place, **values} for values in load_study(name).measure(run, config)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)  # rounding depends on it
+    try:
+        return [{**place, **values} for values in load_study(name).measure(run, config)]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _append(folder: Path, lines: Iterable[Values]) -> None:
