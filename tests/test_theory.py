@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tangentlab import modes
+from tangentlab.studies.gap import STUDY
+
+HERE = Path(__file__).parent
+
+
+def test_every_test_and_claim_that_the_page_names_is_there() -> None:
+    page = (HERE.parent / "docs" / "theory.md").read_text()
+    named = set(re.findall(r"`(test_\w+)(?:\[.*?\])?`", page))
+    sources = "".join(path.read_text() for path in HERE.rglob("test_*.py"))
+    assert len(named) > 15
+    assert not [name for name in named if f"def {name}(" not in sources]
+    claims = set(re.findall(r"`(gap/[\w-]+)`", page))
+    assert claims == {claim.id for claim in STUDY.claims}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -91,6 +106,19 @@ def test_statistics_of_the_other_population_are_biased(swap: bool) -> None:
         seen = module(populations[0])
     assert float(seen.mean()) == pytest.approx((own[0] - other[0]) / other[1], abs=0.1)
     assert float(seen.var()) == pytest.approx((own[1] / other[1]) ** 2, rel=0.05)
+
+
+def test_moments_are_no_farther_than_the_activations() -> None:
+    """|μ* − μ| ≤ E|h* − h| and |σ* − σ| ≤ √E|h* − h|²; the second bound is reached where h* = c h."""
+    h = normal(500, 40)
+    for shift in (0.3 * normal(500, 40, seed=1), 0.1 * h.sign(), -0.5 * h, torch.full_like(h, 0.2)):
+        crafted = h + shift
+        assert bool(((crafted.mean(0) - h.mean(0)).abs() <= shift.abs().mean(0) + 1e-12).all())
+        spread = (crafted.std(0, correction=0) - h.std(0, correction=0)).abs()
+        assert bool((spread <= shift.square().mean(0).sqrt() + 1e-12).all())
+    centred = h - h.mean(0)
+    grown = (1.5 * centred).std(0, correction=0) - centred.std(0, correction=0)
+    assert torch.allclose(grown, (0.5 * centred).square().mean(0).sqrt())
 
 
 def _change_of_logits(m: int) -> float:
