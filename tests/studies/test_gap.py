@@ -25,7 +25,13 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"ROWS": 4, "POINTS": 12, "STEPS": (1, 2), "BATCH_SIZES": (20, 40)}.items():
+        for name, value in {
+            "ROWS": 10,
+            "SCALED_ROWS": 2,
+            "POINTS": 12,
+            "STEPS": (1, 2),
+            "BATCH_SIZES": (20, 40),
+        }.items():
             patch.setattr(gap, name, value)
         yield
 
@@ -42,9 +48,9 @@ def tiny(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[...,
 
 
 def test_a_run_is_measured(tiny: Callable[..., tuple[RunConfig, Path]]) -> None:
-    config, folder = tiny()
+    config, folder = tiny("--training.epochs=2")
     lines = list(gap.measure(folder, config))
-    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert {line["stage"] for line in lines} == {"unclear"}
     for line in lines:
         assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
@@ -167,8 +173,8 @@ def test_a_claim_waits_for_the_runs_that_it_needs() -> None:
 
 def test_the_runs_are_those_of_the_tiers() -> None:
     for tier in (0, 1, 2):
-        configs = gap.runs(tier, [0, 1])
-        assert len(configs) == 2 * len(gap.METHODS)
+        configs = gap.runs(tier, [0])
+        assert set(configs) == {f"{method}-0" for method in gap.METHODS}
         assert {config.threads for config in configs.values()} == {1}
         for config in configs.values():
             assert config.training.keep_every == 1

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab import data, metrics, modes, randomness
-from tangentlab.kernels import KernelGap, kernel_gap, pullback, sgd_change, tangent_change
+from tangentlab.kernels import kernel_gap, pullback, sgd_change, tangent_change
 from tangentlab.probes import OutputChange, adversarial_change, drift_only, output_change
 from tangentlab.records import read_run
 from tangentlab.report.subject import Subject
@@ -42,20 +42,20 @@ from tangentlab.training import load_weights
 
 METHODS = ("standard", "fgsm", "n_fgsm", "pgd", "trades")
 SCALED = ("standard", "pgd")
-ROWS = 20  # examples that have kernels, of a batch of the training's size
+ROWS = 10  # class-balanced examples that have kernels, in a batch of the training's size
 POINTS = 50  # validation examples on which changes are predicted
 STEPS = (1, 20)  # 20 bring the momentum, which begins at zero, to 88 % of what it was
 BATCH_SIZES = (64, 512)
 SCALED_ROWS = 5
 
-# Configuration and epochs.
-_TIERS = {0: ("digits", 11), 1: ("fashion-mnist", 15), 2: ("cifar10-narrow", 15)}
+# Configuration, epochs, and steps of PGD and of TRADES.
+_TIERS = {0: ("digits", 11, 10), 1: ("fashion-mnist", 15, 10), 2: ("cifar10-narrow", 10, 5)}
 _SETTINGS = [
     "--training.batch_size=64",
     "--training.schedule=piecewise",
     "--training.keep_every=1",
-    "--probe.every=0.5",
-    "--evaluation.every=3",
+    "--probe.every=1",
+    "--evaluation.every=5",
     "--evaluation.num_steps=10",
     "--evaluation.test_num_steps=10",
     "--evaluation.test_size=500",
@@ -125,10 +125,12 @@ LAZY = Claim(
 
 def runs(tier: int, seeds: Sequence[int]) -> Mapping[str, RunConfig]:
     """Each method with each seed."""
-    base, epochs = _TIERS[tier]
+    base, epochs, num_steps = _TIERS[tier]
 
     def config(method: str, seed: int) -> RunConfig:
         own = ["--method", method, "--name", f"{method}-{seed}", "--seed", str(seed)]
+        if method in ("pgd", "trades"):
+            own += ["--method.num_steps", str(num_steps)]
         return load_config(base, [*own, "--training.epochs", str(epochs), *_SETTINGS])
 
     return {f"{method}-{seed}": config(method, seed) for method in METHODS for seed in seeds}
@@ -245,8 +247,8 @@ def _stages(folder: Path) -> Callable[[float], str]:
 def _gaps(model: nn.Module, config: RunConfig, examples: Examples) -> dict[str, float]:
     """The three kernels on clean and on PGD inputs, with the statistics of a batch of the training's size."""
     values: dict[str, float] = {}
-    for name, x in _batch(model, config, examples, config.training.batch_size).items():
-        gap = kernel_gap(model, x, rows=min(ROWS, len(x)))
+    for name, x in _batch(model, config, examples).items():
+        gap = kernel_gap(model, x, rows=ROWS)
         for kernel, parts in (
             ("batch", ("values", "derivative", "cross")),
             ("mixed", ("mixed_values", "mixed_derivative")),
@@ -264,11 +266,9 @@ def _gaps(model: nn.Module, config: RunConfig, examples: Examples) -> dict[str, 
 def _scaled(model: nn.Module, config: RunConfig, examples: Examples) -> dict[str, float]:
     """The parts of the mixed kernel's gap on the same clean rows in batches of BATCH_SIZES."""
     values: dict[str, float] = {}
-    rows = _training(config, examples, SCALED_ROWS, "rows")
     for size in BATCH_SIZES:
-        others = _training(config, examples, size - SCALED_ROWS, "others")
-        x = examples.train.x(torch.cat([rows, others]), next(model.parameters()).device)
-        gap: KernelGap = kernel_gap(model, x, rows=SCALED_ROWS)
+        x = examples.train.x(_index(config, examples, size), next(model.parameters()).device)
+        gap = kernel_gap(model, x, rows=SCALED_ROWS)
         values[f"scale/{size}/values"] = _ratio(gap.mixed_values, gap.mixed)
         values[f"scale/{size}/derivative"] = _ratio(gap.mixed_derivative, gap.mixed)
     return values
@@ -363,18 +363,24 @@ def _compared(at: str, seen: OutputChange, predictions: Mapping[str, Tensor]) ->
     return values
 
 
-def _batch(model: nn.Module, config: RunConfig, examples: Examples, size: int) -> dict[str, Tensor]:
+def _batch(model: nn.Module, config: RunConfig, examples: Examples) -> dict[str, Tensor]:
     """Training examples, clean and crafted by PGD-10 in evaluation mode."""
     device = next(model.parameters()).device
-    index = _training(config, examples, size, "gap")
+    index = _index(config, examples, config.training.batch_size)
     x, y = examples.train.x(index, device), examples.train.labels[index].to(device)
     noise = randomness.generator(config.seed, "gap", device=device)
     with modes.evaluation(model):
         return {"clean": x, "pgd": build_attack(config, num_steps=10)(model, x, y, generator=noise)}
 
 
-def _training(config: RunConfig, examples: Examples, size: int, name: str) -> Tensor:
-    return data.class_balanced(examples.train.labels, size, seed=config.seed, name=name)
+def _index(config: RunConfig, examples: Examples, size: int) -> Tensor:
+    """Of a batch of training examples, whose first ROWS are the same for every size."""
+
+    def drawn(size: int, name: str) -> Tensor:
+        return data.class_balanced(examples.train.labels, size, seed=config.seed, name=name)
+
+    rows, others = drawn(ROWS, "gap/rows"), drawn(size, "gap/others")
+    return torch.cat([rows, others[~torch.isin(others, rows)]])[:size]
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:
