@@ -1,5 +1,7 @@
 """The NTK engine: exact empirical neural tangent kernels of any module, in bounded memory."""
 
+from tangentlab.kernels.gap import KernelGap, kernel_gap
 from tangentlab.kernels.ntk import ntk, plan
+from tangentlab.kernels.tangent import pullback, sgd_change, tangent_change
 
-__all__ = ["ntk", "plan"]
+__all__ = ["KernelGap", "kernel_gap", "ntk", "plan", "pullback", "sgd_change", "tangent_change"]

@@ -18,7 +18,7 @@ from tangentlab.models import Normalize, NormalizeEach, check_output, model_clas
 from tangentlab.probes import KernelProbe
 from tangentlab.runs.config import RunConfig
 from tangentlab.runs.parsing import FROM_DATA, build_method
-from tangentlab.training import SCHEDULES, Method, TrainingState
+from tangentlab.training import SCHEDULES, Batch, Method, Share, TrainingState
 from tangentlab.training.schedules import piecewise
 
 
@@ -45,6 +45,30 @@ def build_data(config: RunConfig) -> Examples:
         seed=config.seed,
     )
     return Examples(dataset, dataset.train.select(train), dataset.train.select(validation))
+
+
+def build_batches(
+    config: RunConfig, examples: Examples, device: torch.device, part: Share | None = None
+) -> data.Batches:
+    """The run's training batches, or this process's share of them; raises ConfigError."""
+    part = part or Share()
+    return data.Batches(
+        examples.train,
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        augmentation=config.data.augmentation,
+        device=device,
+        rank=part.rank,
+        world_size=part.world_size,
+    )
+
+
+def training_batch(batches: data.Batches, number: int, total: int, part: Share | None = None) -> Batch:
+    """The batch of that number, of ``total`` training examples, as a method takes it."""
+    x, y, index = batches.batch(number)
+    epoch = number // batches.steps_per_epoch
+    view = partial(batches.placement, number, x)
+    return Batch(x, y, index, total, epoch, view=view, share=part or Share())
 
 
 def build_model(

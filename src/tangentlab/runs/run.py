@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tangentlab.data import Batches
 from tangentlab.errors import (
     CheckpointError,
     ConfigError,
@@ -25,6 +24,7 @@ from tangentlab.errors import (
 from tangentlab.records import Run, RunRecord, read_run
 from tangentlab.runs.build import (
     Examples,
+    build_batches,
     build_data,
     build_model,
     build_probe,
@@ -33,6 +33,7 @@ from tangentlab.runs.build import (
     learning_rate,
     method_schedule,
     resolve_device,
+    training_batch,
 )
 from tangentlab.runs.config import RunConfig
 from tangentlab.runs.evaluation import CHECKPOINTS, build_attacks, checkpoint_path, evaluate_checkpoints
@@ -60,7 +61,7 @@ from tangentlab.runs.processes import (
     share,
     wrap,
 )
-from tangentlab.training import Batch, Share, Step, StepHook, TrainingState, load_checkpoint
+from tangentlab.training import Share, Step, StepHook, TrainingState, load_checkpoint
 from tangentlab.training import train as train_loop
 
 LONG_SECONDS = 60.0  # a run from which on the silence of the final evaluation would puzzle
@@ -144,28 +145,10 @@ def _rehearse(config: RunConfig, allow_import: Iterable[str]) -> Examples:
     examples = build_data(config)
     model = build_model(config, examples, torch.device("cpu"), allow_import=allow_import)
     build_state(config, model)
-    _batches(config, examples, torch.device("cpu"), Share(0, config.processes)).batch(0)
+    build_batches(config, examples, torch.device("cpu"), Share(0, config.processes)).batch(0)
     build_probe(config, examples)
     method_schedule(config, 1)
     return examples
-
-
-def _batches(config: RunConfig, examples: Examples, device: torch.device, part: Share) -> Batches:
-    return Batches(
-        examples.train,
-        batch_size=config.training.batch_size,
-        seed=config.seed,
-        augmentation=config.data.augmentation,
-        device=device,
-        rank=part.rank,
-        world_size=part.world_size,
-    )
-
-
-def _batch(batches: Batches, step: int, total: int, part: Share) -> Batch:
-    x, y, index = batches.batch(step)
-    epoch = step // batches.steps_per_epoch
-    return Batch(x, y, index, total, epoch, view=lambda: batches.placement(step, x), share=part)
 
 
 def _train(
@@ -180,7 +163,7 @@ def _train(
     display: Display | None,
 ) -> None:
     part = share(fabric)
-    batches = _batches(config, examples, fabric.device, part)
+    batches = build_batches(config, examples, fabric.device, part)
     replays = build_method(config).replays
     per_epoch = batches.steps_per_epoch * replays
     steps = config.training.epochs * per_epoch
@@ -204,7 +187,7 @@ def _train(
             train_loop(
                 state,
                 method=method_schedule(config, steps),
-                batch=lambda step: _batch(batches, step // replays, len(examples.train), part),
+                batch=lambda step: training_batch(batches, step // replays, len(examples.train), part),
                 learning_rate=learning_rate(config, steps),
                 steps=steps,
                 seed=config.seed,

@@ -1,0 +1,396 @@
+"""How far the kernel that training follows is from the one that is computed, and what either predicts.
+
+Question: along standard, FGSM, N-FGSM, PGD and TRADES training, how far are the running, the batch and the
+mixed kernel apart, why, and does the kernel predict what a step, or twenty, do to the network? docs/theory.md
+has the theory. From every kept checkpoint the run's own training goes on for some steps, and what it did is
+compared with what was predicted, in float64.
+
+Values of a line (a checkpoint): ``gap/INPUTS/KERNEL/...`` on the first rows of a batch of training examples,
+clean or crafted by PGD-10, relative to ‖Θ_KERNEL‖; ``change/STEPS/MODE/INPUTS/PREDICTION/...`` on validation
+examples, the network in evaluation mode or on the statistics of these examples as one batch; ``scale/...``
+the mixed kernel's parts against the batch size, at the last checkpoint of the runs in SCALED.
+
+Predictions: ``tangent`` J Δθ + (∂f/∂s) Δs with the changes as they were; ``no_drift`` without the buffers;
+``settled`` with the buffers' drift taken in full, f(θ, s₊) − f(θ, s) + J(θ, s₊) Δθ; ``frozen`` likewise, with
+the Δθ that the kernel of the checkpoint gives for the losses' derivatives as they were; ``running`` likewise,
+with J_running in the place of J_batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tangentlab import data, metrics, modes, randomness
+from tangentlab.kernels import kernel_gap, pullback, sgd_change, tangent_change
+from tangentlab.probes import OutputChange, adversarial_change, drift_only, output_change
+from tangentlab.records import read_run
+from tangentlab.report.subject import Subject
+from tangentlab.runs import RunConfig, load_config
+from tangentlab.runs.again import LossTerm, Repeated, train_again
+from tangentlab.runs.build import Examples, build_attack, build_data, build_model, resolve_device
+from tangentlab.runs.evaluation import kept_checkpoints
+from tangentlab.studies.claims import Claim, Verdict, judge
+from tangentlab.studies.study import Study
+from tangentlab.training import load_weights
+
+METHODS = ("standard", "fgsm", "n_fgsm", "pgd", "trades")
+SCALED = ("standard", "pgd")
+ROWS = 10  # class-balanced examples that have kernels, in a batch of the training's size
+POINTS = 50  # validation examples on which changes are predicted
+STEPS = (1, 20)  # 20 bring the momentum, which begins at zero, to 88 % of what it was
+BATCH_SIZES = (64, 512)
+SCALED_ROWS = 5
+
+# Configuration, epochs, and steps of PGD and of TRADES.
+_TIERS = {0: ("digits", 11, 10), 1: ("fashion-mnist", 15, 10), 2: ("cifar10-narrow", 10, 5)}
+_SETTINGS = [
+    "--training.batch_size=64",
+    "--training.schedule=piecewise",
+    "--training.keep_every=1",
+    "--probe.every=1",
+    "--evaluation.every=5",
+    "--evaluation.num_steps=10",
+    "--evaluation.test_num_steps=10",
+    "--evaluation.test_size=500",
+    "--threads=1",
+]
+
+ERROR = Claim(
+    "gap/error",
+    "After PGD training the empirical kernel on running statistics is more than 10 % off the kernel that "
+    "training follows, on PGD inputs.",
+    "‖Θ_batch − Θ_running‖/‖Θ_batch‖ at the last checkpoint",
+    0.1,
+    source="arXiv 2312.02236",
+)
+ADVERSARIAL = Claim(
+    "gap/adversarial",
+    "That error is larger after PGD training on PGD inputs than after standard training on clean ones, by "
+    "more than 0.",
+    "difference of the relative errors at the last checkpoint",
+    0.0,
+    source="arXiv 2312.02236",
+)
+DERIVATIVE = Claim(
+    "gap/derivative",
+    "The derivative through the statistics makes a larger part of the mixed kernel's gap than their values: "
+    "more than 1 times, under each of the five methods.",
+    "smallest over the methods of ‖derivative‖/‖values‖ on PGD inputs, mean over the checkpoints of training",
+    1.0,
+)
+BATCH_SIZE = Claim(
+    "gap/batch-size",
+    "The derivative's part does not vanish in large batches: in batches of 512 it keeps more than 0.5 of "
+    "what it is in batches of 64, under standard and PGD training.",
+    "smaller of the two ratios, clean inputs, last checkpoint",
+    0.5,
+)
+MIXED = Claim(
+    "gap/mixed",
+    "The mixed kernel predicts a step of PGD training better than the running kernel, by more than 0.1 in "
+    "relative error on clean inputs.",
+    "difference of the relative errors, mean over the checkpoints of training",
+    0.1,
+)
+DRIFT = Claim(
+    "gap/drift",
+    "Left out, the drift of the running statistics makes the prediction of a step of PGD training more than "
+    "2 times as wrong.",
+    "ratio of the relative errors without and with it, clean inputs, mean over the checkpoints of training",
+    2.0,
+)
+JUMP = Claim(
+    "gap/jump",
+    "On adversarial inputs the perturbation's own jump, which no kernel explains, is more than 0.3 of the "
+    "network's change in a step of PGD training.",
+    "‖f₊(x*₊) − f₊(x*)‖/‖f₊(x*) − f(x*)‖, mean over the checkpoints of training",
+    0.3,
+)
+LAZY = Claim(
+    "gap/lazy",
+    "The kernel predicts late PGD training and not early: the cosine between twenty steps and what the "
+    "frozen kernel says of them rises by more than 0.1 from the first epoch's end to the last's.",
+    "difference of the cosines, on PGD inputs and batch statistics",
+    0.1,
+    source="Fort et al. 2020; arXiv 2312.02236",
+)
+
+
+def runs(tier: int, seeds: Sequence[int]) -> Mapping[str, RunConfig]:
+    """Each method with each seed."""
+    base, epochs, num_steps = _TIERS[tier]
+
+    def config(method: str, seed: int) -> RunConfig:
+        own = ["--method", method, "--name", f"{method}-{seed}", "--seed", str(seed)]
+        if method in ("pgd", "trades"):
+            own += ["--method.num_steps", str(num_steps)]
+        return load_config(base, [*own, "--training.epochs", str(epochs), *_SETTINGS])
+
+    return {f"{method}-{seed}": config(method, seed) for method in METHODS for seed in seeds}
+
+
+def measure(folder: Path, config: RunConfig) -> Iterator[Mapping[str, Any]]:
+    """A line for every checkpoint that is looked at."""
+    examples = build_data(config)
+    model = build_model(config, examples, resolve_device(config.device))
+    stage = _stages(folder)
+    looked_at = _looked_at(config)
+    for step, path in kept_checkpoints(folder).items():
+        epoch = load_weights(path, model)["extra"]["epoch"]
+        if epoch not in looked_at:
+            continue
+        line = {"step": step, "epoch": epoch, "stage": stage(epoch)}
+        line |= _gaps(model, config, examples)
+        if epoch == looked_at[-1] and config.method["name"] in SCALED:
+            line |= _scaled(model, config, examples)
+        yield line | _changes(model, config, examples, step)
+
+
+def judged(values: Sequence[Mapping[str, Any]], setting: str) -> list[Verdict]:
+    """The verdicts; a seed counts where every run that its claim needs is there."""
+    seeds = sorted({line["seed"] for line in values})
+    by_run: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for line in values:
+        by_run.setdefault((line["method"], line["seed"]), []).append(line)
+
+    def effects(of_seed: Callable[..., float], methods: Sequence[str]) -> dict[int, float]:
+        there = [seed for seed in seeds if all((method, seed) in by_run for method in methods)]
+        return {seed: of_seed(*(by_run[method, seed] for method in methods)) for seed in there}
+
+    error, one = "gap/pgd/batch/relative_error", "change/1/evaluation"
+    frozen = f"change/{STEPS[-1]}/batch/pgd/frozen/cosine"
+    found: list[tuple[Claim, Callable[..., float], Sequence[str]]] = [
+        (ERROR, lambda pgd: pgd[-1][error], ["pgd"]),
+        (
+            ADVERSARIAL,
+            lambda pgd, standard: pgd[-1][error] - standard[-1]["gap/clean/batch/relative_error"],
+            ["pgd", "standard"],
+        ),
+        (DERIVATIVE, lambda *each: min(map(_derivative_ratio, each)), METHODS),
+        (BATCH_SIZE, lambda *each: min(map(_scaling_ratio, each)), SCALED),
+        (
+            MIXED,
+            lambda pgd: (
+                _mean(pgd, f"{one}/clean/running/relative_error")
+                - _mean(pgd, f"{one}/clean/settled/relative_error")
+            ),
+            ["pgd"],
+        ),
+        (
+            DRIFT,
+            lambda pgd: (
+                _mean(pgd, f"{one}/clean/no_drift/relative_error")
+                / _mean(pgd, f"{one}/clean/settled/relative_error")
+            ),
+            ["pgd"],
+        ),
+        (JUMP, lambda pgd: _mean(pgd, f"{one}/pgd/jump"), ["pgd"]),
+        (LAZY, lambda pgd: pgd[-1][frozen] - _trained(pgd)[0][frozen], ["pgd"]),
+    ]
+    return [judge(claim, setting, effects(effect, methods)) for claim, effect, methods in found]
+
+
+STUDY = Study(
+    "gap",
+    (ERROR, ADVERSARIAL, DERIVATIVE, BATCH_SIZE, MIXED, DRIFT, JUMP, LAZY),
+    runs,
+    measure,
+    judged,
+)
+
+
+def _trained(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without the network that was not trained yet."""
+    return [line for line in lines if line["step"] > 0]
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:
+    return fmean(line[name] for line in _trained(lines))
+
+
+def _derivative_ratio(lines: Sequence[Mapping[str, Any]]) -> float:
+    return _mean(lines, "gap/pgd/mixed/derivative") / _mean(lines, "gap/pgd/mixed/values")
+
+
+def _scaling_ratio(lines: Sequence[Mapping[str, Any]]) -> float:
+    small, large = (lines[-1][f"scale/{size}/derivative"] for size in BATCH_SIZES)
+    return float(large / small)
+
+
+def _looked_at(config: RunConfig) -> list[int]:
+    """Epochs: before training, after the first, before each fall of the learning rate, and the last."""
+    epochs = config.training.epochs
+    return sorted({0, 1, *(int(share * epochs) for share in config.training.milestones), epochs})
+
+
+def _stages(folder: Path) -> Callable[[float], str]:
+    """epoch -> learning, lazy or again, by the run's own probe; unclear where no stage is established."""
+    stages = Subject(read_run(folder), 0, "").stages
+
+    def at(epoch: float) -> str:
+        if stages is None or stages.lazy is None:
+            return "unclear"
+        if epoch < stages.lazy.low:
+            return "learning"
+        return "lazy" if stages.third_start is None or epoch < stages.third_start else "again"
+
+    return at
+
+
+def _gaps(model: nn.Module, config: RunConfig, examples: Examples) -> dict[str, float]:
+    """The three kernels on clean and on PGD inputs, with the statistics of a batch of the training's size."""
+    values: dict[str, float] = {}
+    for name, x in _batch(model, config, examples).items():
+        gap = kernel_gap(model, x, rows=ROWS)
+        for kernel, parts in (
+            ("batch", ("values", "derivative", "cross")),
+            ("mixed", ("mixed_values", "mixed_derivative")),
+        ):
+            whole: Tensor = getattr(gap, kernel)
+            at = f"gap/{name}/{kernel}"
+            values[f"{at}/relative_error"] = _ratio(whole - gap.running, whole)
+            values[f"{at}/distance"] = _distance(whole, gap.running)
+            for part in parts:
+                values[f"{at}/{part.removeprefix('mixed_')}"] = _ratio(getattr(gap, part), whole)
+        values[f"gap/{name}/batch~mixed/distance"] = _distance(gap.batch, gap.mixed)
+    return values
+
+
+def _scaled(model: nn.Module, config: RunConfig, examples: Examples) -> dict[str, float]:
+    """The parts of the mixed kernel's gap on the same clean rows in batches of BATCH_SIZES."""
+    values: dict[str, float] = {}
+    for size in BATCH_SIZES:
+        x = examples.train.x(_index(config, examples, size), next(model.parameters()).device)
+        gap = kernel_gap(model, x, rows=SCALED_ROWS)
+        values[f"scale/{size}/values"] = _ratio(gap.mixed_values, gap.mixed)
+        values[f"scale/{size}/derivative"] = _ratio(gap.mixed_derivative, gap.mixed)
+    return values
+
+
+def _changes(model: nn.Module, config: RunConfig, examples: Examples, step: int) -> dict[str, float]:
+    """What the run's next steps did to the outputs on validation examples, against what was predicted."""
+    values: dict[str, float] = {}
+    before = copy.deepcopy(model).double()
+    index = data.class_balanced(examples.validation.labels, POINTS, seed=config.seed)
+    device = next(model.parameters()).device
+    x = examples.validation.x(index, device).double()
+    y = examples.validation.labels[index].to(device)
+    attack = build_attack(config, num_steps=10)
+    for steps in STEPS:
+        after = copy.deepcopy(model)
+        done = train_again(config, examples, after, step=step, steps=steps)
+        after.double()
+        frozen = _kernel_steps(before, done, config, "batch")
+        running = _kernel_steps(before, done, config, "running")
+        settled = drift_only(before, after)
+        adversarial = adversarial_change(before, after, x, y, attack, seed=config.seed)
+        values[f"change/{steps}/evaluation/pgd/jump"] = _ratio(adversarial.jump, adversarial.network.actual)
+        for name, points in (("clean", x), ("pgd", adversarial.x_before)):
+            at = f"change/{steps}/evaluation/{name}"
+            seen = adversarial.network if name == "pgd" else output_change(before, after, points)
+            predictions = {
+                "tangent": seen.parameters + seen.buffers,
+                "no_drift": seen.parameters,
+                "settled": seen.drift + seen.parameters_after,
+                "frozen": seen.drift + tangent_change(settled, points, frozen),
+                "running": seen.drift + tangent_change(settled, points, running),
+            }
+            values |= _compared(at, seen, predictions)
+            values[f"{at}/drift"] = _ratio(seen.drift, seen.actual)
+            at = f"change/{steps}/batch/{name}"
+            seen = output_change(before, after, points, batchnorm="batch")
+            along = {
+                "tangent": seen.parameters,
+                "frozen": tangent_change(before, points, frozen, batchnorm="batch"),
+                "running": tangent_change(before, points, running, batchnorm="batch"),
+            }
+            values |= _compared(at, seen, along)
+            if steps == 1:
+                values |= _terms(at, before, points, done[0].terms)
+    return values
+
+
+def _kernel_steps(
+    before: nn.Module, done: Sequence[Repeated], config: RunConfig, batchnorm: str
+) -> dict[str, Tensor]:
+    """Δθ after the steps if the Jacobian had stayed: each gradient is J(X*)ᵀ ∂L/∂f, J that of ``before`` and
+    ∂L/∂f as it was."""
+    start = {name: p.detach() for name, p in before.named_parameters() if p.requires_grad}
+    moved = {name: torch.zeros_like(p) for name, p in start.items()}
+    momenta: dict[str, Tensor] = {}
+    for made in done:
+        pulled = [
+            pullback(before, term.x.double(), term.cotangent.double(), batchnorm=batchnorm)
+            for term in made.terms
+        ]
+        change, momenta = sgd_change(
+            {name: start[name] + moved[name] for name in start},
+            {name: sum((one[name] for one in pulled), torch.zeros_like(p)) for name, p in start.items()},
+            momenta,
+            learning_rate=made.learning_rate,
+            momentum=config.training.momentum,
+            weight_decay=config.training.weight_decay,
+        )
+        moved = {name: moved[name] + change[name] for name in start}
+    return moved
+
+
+def _terms(at: str, before: nn.Module, x: Tensor, terms: Sequence[LossTerm]) -> dict[str, float]:
+    """Where the loss has two terms, TRADES's clean and crafted one, how their effects Θ ∂L/∂f compare."""
+    if len(terms) != 2:
+        return {}
+    clean, crafted = (
+        tangent_change(
+            before, x, pullback(before, term.x.double(), term.cotangent.double()), batchnorm="batch"
+        )
+        for term in terms
+    )
+    return {f"{at}/crafted_term": _ratio(crafted, clean), f"{at}/terms_cosine": _cosine(crafted, clean)}
+
+
+def _compared(at: str, seen: OutputChange, predictions: Mapping[str, Tensor]) -> dict[str, float]:
+    values = {f"{at}/size": float(seen.actual.square().mean().sqrt())}
+    for name, predicted in predictions.items():
+        values[f"{at}/{name}/relative_error"] = _ratio(predicted - seen.actual, seen.actual)
+        values[f"{at}/{name}/cosine"] = _cosine(predicted, seen.actual)
+    return values
+
+
+def _batch(model: nn.Module, config: RunConfig, examples: Examples) -> dict[str, Tensor]:
+    """Training examples, clean and crafted by PGD-10 in evaluation mode."""
+    device = next(model.parameters()).device
+    index = _index(config, examples, config.training.batch_size)
+    x, y = examples.train.x(index, device), examples.train.labels[index].to(device)
+    noise = randomness.generator(config.seed, "gap", device=device)
+    with modes.evaluation(model):
+        return {"clean": x, "pgd": build_attack(config, num_steps=10)(model, x, y, generator=noise)}
+
+
+def _index(config: RunConfig, examples: Examples, size: int) -> Tensor:
+    """Of a batch of training examples, whose first ROWS are the same for every size."""
+
+    def drawn(size: int, name: str) -> Tensor:
+        return data.class_balanced(examples.train.labels, size, seed=config.seed, name=name)
+
+    rows, others = drawn(ROWS, "gap/rows"), drawn(size, "gap/others")
+    return torch.cat([rows, others[~torch.isin(others, rows)]])[:size]
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    return float(part.norm() / whole.norm())
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+def _distance(K1: Tensor, K2: Tensor) -> float:
+    """Mean over the classes."""
+    return float(metrics.kernel_distance(K1, K2).mean())
