@@ -1,0 +1,539 @@
+"""How the kernel evolves: standard training and four kinds of adversarial training, three learning rates.
+
+Asked: do the known results hold here (Loo et al. 2022, arXiv 2210.12030; Tsilivis & Kempe 2022, arXiv
+2210.05577), are there the three stages of arXiv 2312.02236, what triggers the third, where do sub-kernels
+specialise, how do the kernels on clean and on PGD inputs part, and which metrics merely repeat another: on
+images, and on a table.
+
+The constant learning rate is the control: decay alone makes a kernel look lazy, which is why stages are
+those of the angle per unit of summed learning rate. But steps that jitter about a point turn the kernel in
+proportion to the rate's root, so that this speed rises with every drop though nothing is learned. Hence two
+more controls: standard training, and the angle between the mean kernels of the second and of the last quarter
+of training, in which jitter averages out.
+
+The lines of values.jsonl, by ``what``: "snapshot", the kernel's metrics at each moment on clean inputs, on
+PGD inputs and between the two; "stages" of a run, with their uncertainty; "run"; "layer", of the kernels of
+one layer's parameters; "carried", clean training on the kernel that the run ended with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, product
+from math import isfinite
+from pathlib import Path
+from statistics import correlation, fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tangentlab import metrics
+from tangentlab.data import Augmentation, Batches
+from tangentlab.kernels import Linearized
+from tangentlab.probes import KernelProbe
+from tangentlab.records import RunRecord, read_run
+from tangentlab.runs import RunConfig, load_config
+from tangentlab.runs.build import Examples, build_attack, build_data, build_model, build_probe
+from tangentlab.runs.evaluation import checkpoint_path, count_correct, kept_checkpoints
+from tangentlab.studies.claims import Claim, Verdict, judge
+from tangentlab.studies.study import Study, Values
+from tangentlab.training import load_weights
+from tangentlab.training.schedules import cosine
+
+METHODS = ("standard", "fgsm_rs", "n_fgsm", "pgd", "trades")
+ADVERSARIAL = METHODS[1:]
+DECAYING = ("piecewise", "cosine")
+SCHEDULES = (*DECAYING, "constant")
+CONTROLS = ("standard", "fgsm_rs", "pgd")  # trained with a constant rate too
+INPUTS = ("clean", "pgd")
+BETWEEN = "clean~pgd"
+
+# Eigen-directions; as many as the probe sums up to the top mass.
+TOP = 10
+COUNTS = ("entropy_rank", "participation_ratio", "intrinsic_dimension", "top_mass")
+SPEEDS = ("angle_velocity", "angle_per_learning_rate")
+METRICS = ("distance_from_first", *SPEEDS, *COUNTS, "target_alignment", "specialization")
+
+# --- claims ----------------------------------------------------------------------------------------------
+
+LOO = "Loo et al. 2022"
+TSILIVIS = "Tsilivis & Kempe 2022"
+PAPER = "arXiv 2312.02236"
+CLAIMS = (
+    Claim(
+        "evolution/settles-earlier",
+        "With a constant learning rate the kernel settles earlier under PGD than under standard training, by "
+        "5 % of the training.",
+        "share of the training after which the angle to the last kernel stays below half of the first one's, "
+        "standard − PGD",
+        0.05,
+        source=f"{LOO}, {TSILIVIS}",
+    ),
+    Claim(
+        "evolution/elsewhere",
+        "PGD training ends at a kernel twice as far from standard training's as from TRADES's.",
+        "kernel distance to standard training's last kernel over that to TRADES's",
+        2.0,
+        source=LOO,
+    ),
+    Claim(
+        "evolution/carries-robustness",
+        "Clean training on the fixed kernel of a PGD-trained network is more robust than on a standard "
+        "one's, by 10 points.",
+        "PGD-10 accuracy of zero-offset linearised networks trained on clean images, PGD − standard",
+        0.1,
+        source=LOO,
+    ),
+    Claim(
+        "evolution/top-mass",
+        "PGD training ends with more of the kernel in its ten top eigenvalues than standard training, by 2 "
+        "points.",
+        "top mass of the class kernels on clean inputs, PGD − standard",
+        0.02,
+        source=TSILIVIS,
+    ),
+    Claim(
+        "evolution/turns-first",
+        "Under PGD training the kernel turns first and grows later: half of its angle comes before half of "
+        "its radius, by 5 % of the training.",
+        "share of the training until ‖K − K₀‖ is half of its last value, minus the same of the angle to K₀",
+        0.05,
+        source=f"{TSILIVIS}, as we read it",
+    ),
+    Claim(
+        "evolution/three-stages",
+        "With a decaying learning rate most adversarial runs have three stages.",
+        "share of the runs in which a learning, a lazy and a third stage are established",
+        0.5,
+        source=PAPER,
+    ),
+    Claim(
+        "evolution/third-is-adversarial",
+        "The third stage is adversarial training's own: likelier than under standard training, by 0.5.",
+        "probability of a third stage with a decaying rate, mean over the adversarial methods − standard",
+        0.5,
+        source=f"{PAPER}, as we read it",
+    ),
+    Claim(
+        "evolution/drop-triggers",
+        "The learning rate's drop makes the kernel evolve again: PGD training's moves 1.5 times as far from "
+        "the second to the last quarter with a stepwise rate as with a constant one.",
+        "angle between the quarters' mean kernels on clean inputs, stepwise over constant",
+        1.5,
+    ),
+    Claim(
+        "evolution/overfitting-triggers",
+        "Robust overfitting makes the kernel evolve again: of adversarial runs with one schedule, those that "
+        "overfit more move farther, with a correlation above 0.5.",
+        "correlation of best − last robust accuracy and that angle, each less its schedule's mean",
+        0.5,
+    ),
+    Claim(
+        "evolution/sub-kernels",
+        "Under adversarial training each class kernel comes to align with its class: specialization ends "
+        "above 1.5.",
+        "specialization on clean inputs, mean over the adversarial methods; 1 is none",
+        1.5,
+        source=PAPER,
+    ),
+    Claim(
+        "evolution/first-layer",
+        "Clean and PGD kernels part in the first layer: after PGD training twice as far as in the last "
+        "convolution.",
+        "kernel distance between clean and PGD inputs, first over last convolution",
+        2.0,
+    ),
+    Claim(
+        "evolution/top-directions",
+        "Clean and PGD kernels differ along the top: more than half of their squared difference lies in the "
+        "clean kernel's ten top eigen-directions.",
+        "‖VᵀDV‖²/‖D‖² of PGD training, mean over the snapshots",
+        0.5,
+    ),
+    Claim(
+        "evolution/counts-repeat",
+        "Entropy rank, participation ratio, intrinsic dimension and top mass repeat one another: every two "
+        "have a rank correlation above 0.9.",
+        "least |Spearman correlation| of two of them, over all runs and snapshots",
+        0.9,
+    ),
+)
+
+# --- runs ------------------------------------------------------------------------------------------------
+
+# tier -> shipped configuration and what differs; the middle and the end are kept for the kernels of layers
+IMAGES: Mapping[int, tuple[str, str]] = {
+    0: (
+        "digits",
+        "--eps=0.2 --data.train_size=600 --data.validation_size=200 --model.widths=[8,16] "
+        "--model.strides=[1,2] --training.epochs=12 --training.batch_size=50 --training.keep_every=6 "
+        "--evaluation.every=1 --evaluation.test_num_steps=10 --evaluation.test_size=200 --probe.size=20 "
+        "--probe.num_steps=5",
+    ),
+    1: (
+        "fashion-mnist",
+        "--training.epochs=20 --training.keep_every=10 --evaluation.test_num_steps=20 "
+        "--evaluation.test_size=500 --probe.size=40 --probe.every=0.5",
+    ),
+    2: (
+        "cifar10-narrow",
+        "--training.epochs=16 --training.keep_every=8 --evaluation.test_num_steps=20 --probe.size=30 "
+        "--probe.every=1",
+    ),
+}
+NUM_STEPS = {0: 3, 1: 5, 2: 5}  # of PGD and TRADES in training
+
+TABLE = "breast-cancer"
+TABLE_SETTING = "breast cancer, a table of 30 features, MLP"
+TABLE_WORDS = (
+    f"--data.name={TABLE} --data.validation_size=100 --eps=0.1 --model=mlp --model.widths=[64,64] "
+    "--training.epochs=40 --training.learning_rate=0.05 --evaluation.every=1 --evaluation.test_num_steps=20 "
+    "--probe.size=40 --probe.every=1"
+)
+# What needs neither convolutions nor ten classes.
+ON_THE_TABLE = ("settles-earlier", "turns-first", "three-stages", "third-is-adversarial", "drop-triggers")
+
+
+def configurations(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
+    """Run key -> configuration; on CIFAR-10 fewer methods, with the main evidence the table too."""
+    if tier == 2:
+        grid = list(product(("standard", "pgd", "trades"), ("piecewise", "constant")))
+    else:
+        grid = [*product(METHODS, DECAYING), *product(CONTROLS, ("constant",))]
+    places = [IMAGES[tier], ("digits", TABLE_WORDS)] if tier == 1 else [IMAGES[tier]]
+    found: dict[str, RunConfig] = {}
+    for seed, (base, words), (method, schedule) in product(seeds, places, grid):
+        steps = [f"--method.num_steps={NUM_STEPS[tier]}"] if method in ("pgd", "trades") else []
+        own = [f"--method={method}", *steps, f"--training.schedule={schedule}", f"--seed={seed}"]
+        fixed = ["--probe.early=true", "--threads=1", f"--name={method}-{schedule}"]
+        config = load_config(base, [*words.split(), *own, *fixed])
+        found[_key(config, method)] = config
+    return found
+
+
+def _key(config: RunConfig, method: str) -> str:
+    return f"{config.data.name}-{method}-{config.training.schedule}-{config.seed}"
+
+
+# --- measurements ----------------------------------------------------------------------------------------
+
+
+def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
+    """The lines of one run; the other methods' runs of its seed and schedule lie beside it."""
+    record = read_run(folder)
+    place = {"data": config.data.name, "schedule": config.training.schedule}
+    lines = [*_snapshots(record), *_stages(record), _run(record, config)]
+    if config.training.schedule == "piecewise" and config.data.name != TABLE:
+        examples = build_data(config)
+        model = build_model(config, examples, torch.device("cpu"))
+        lines += _layers(folder, config, examples, model)
+        if config.method["name"] in ("standard", "pgd"):
+            lines.append(_carried(record, config, examples, model))
+    for line in lines:
+        yield place | {key: _rounded(value) for key, value in line.items() if value is not None}
+
+
+def _snapshots(record: RunRecord) -> Iterator[dict[str, Any]]:
+    steps = set(record.kernel_steps())
+    for line in record.metrics:
+        if "kernel/clean/class/entropy_rank" not in line or line["step"] not in steps:
+            continue
+        moment = {"what": "snapshot", "step": line["step"], "epoch": line["epoch"]}
+        for inputs in INPUTS:
+            named = {metric: line.get(f"kernel/{inputs}/class/{metric}") for metric in METRICS}
+            yield {**moment, "inputs": inputs, **named}
+        clean, pgd = (record.kernels(line["step"])[f"{inputs}/class"] for inputs in INPUTS)
+        yield {
+            **moment,
+            "inputs": BETWEEN,
+            "distance": line[f"kernel/{BETWEEN}/class/distance"],
+            "in_top": float(metrics.difference_in_top(clean, pgd, TOP).mean()),
+        }
+
+
+def _stages(record: RunRecord) -> Iterator[dict[str, Any]]:
+    for inputs, speed in product(INPUTS, SPEEDS):
+        found = metrics.find_stages(*record.series(f"kernel/{inputs}/class/{speed}"))
+        line: dict[str, Any] = {"what": "stages", "inputs": inputs, "speed": speed}
+        for name in ("learning_end", "third_start", "third_end", "level_ratio"):
+            line[name] = getattr(found, name)
+        for name in ("learning_end", "third_start"):
+            low, high = getattr(found, f"{name}_interval") or (None, None)
+            line |= {f"{name}_low": low, f"{name}_high": high}
+        for name in ("learning_probability", "lazy_probability", "third_probability"):
+            line[name] = getattr(found, name)
+        yield line
+
+
+def _run(record: RunRecord, config: RunConfig) -> dict[str, Any]:
+    epochs, robust = record.series("robust_accuracy")
+    best = max(range(1, len(robust)), key=robust.__getitem__)
+    collapse = metrics.catastrophic_overfitting(epochs, record.series("fgsm_accuracy")[1], robust)
+    tested = {
+        f"test_{'clean' if line['attack'] == 'none' else 'robust'}_{line['checkpoint']}": line["accuracy"]
+        for line in record.evaluations
+        if line["attack"] in ("none", "pgd")
+    }
+    return {
+        "what": "run",
+        "best_epoch": epochs[best],
+        "best_robust": robust[best],
+        "robust_overfitting": robust[best] - robust[-1],
+        "collapse_epoch": None if collapse is None else collapse.epoch,
+        **tested,
+        **{
+            name: record.series(f"kernel/clean/class/{name}")[1][-1]
+            for name in ("top_mass", "specialization")
+        },
+        **_path(record),
+        **_distances(record, config),
+    }
+
+
+def _path(record: RunRecord) -> dict[str, float]:
+    """Of the kernel on clean inputs: when it settled, had turned half of its way and grown half of it, as
+    shares of the training; and the angle from the second quarter's mean to the last one's."""
+    steps = record.kernel_steps()
+    kernels = torch.stack([record.kernels(step)["clean/class"].double() for step in steps])
+    to_last = metrics.kernel_angle(kernels, kernels[-1]).mean(dim=1)
+    turned = metrics.kernel_angle(kernels, kernels[0]).mean(dim=1)
+    grown = (kernels - kernels[0]).flatten(1).norm(dim=1)
+
+    shares = torch.tensor(steps) / steps[-1]
+    units = kernels / kernels.flatten(2).norm(dim=2)[..., None, None]
+    middle, late = (units[(low < shares) & (shares <= low + 0.25)].mean(dim=0) for low in (0.25, 0.75))
+
+    def half(values: Tensor) -> float:
+        return float(shares[(values >= values[-1] / 2).nonzero()[0]])
+
+    return {
+        "settled": float(shares[(to_last > to_last[0] / 2).nonzero()[-1]]),
+        "turned": half(turned),
+        "grown": half(grown),
+        "moved": float(metrics.kernel_angle(middle, late).mean()),
+    }
+
+
+def _distances(record: RunRecord, config: RunConfig) -> dict[str, float]:
+    """Kernel distance to where the other methods' runs ended."""
+    found = {}
+    for method in METHODS:
+        folder = record.folder.parent / _key(config, method)
+        if method != config.method["name"] and folder.exists():
+            other = _last_kernel(read_run(folder))
+            found[f"to_{method}"] = float(metrics.kernel_distance(_last_kernel(record), other).mean())
+    return found
+
+
+def _last_kernel(record: RunRecord) -> Tensor:
+    return record.kernels(record.kernel_steps()[-1])["clean/class"]
+
+
+def _layers(
+    folder: Path, config: RunConfig, examples: Examples, model: nn.Module
+) -> Iterator[dict[str, Any]]:
+    whole = build_probe(config, examples)
+    assert whole is not None
+    inputs = {name: whole.inputs[name] for name in INPUTS}
+    for step, path in kept_checkpoints(folder).items():
+        epoch = load_weights(path, model)["extra"]["epoch"]
+        for layer, parameters in layers(model).items():
+            model.requires_grad_(False)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            probe = KernelProbe(whole.x, whole.y, inputs=inputs, kinds="class", seed=config.seed)
+            values = probe.measure(model, step).values
+            line = {"what": "layer", "layer": layer, "step": step, "epoch": epoch}
+            line["convolution"] = parameters[0].dim() == 4
+            line["distance"] = values[f"kernel/{BETWEEN}/class/distance"]
+            for name in ("specialization", "target_alignment", "entropy_rank"):
+                line |= {f"{name}_{kind}": values[f"kernel/{kind}/class/{name}"] for kind in INPUTS}
+            yield line
+    model.requires_grad_(True)
+
+
+def layers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Convolutions and linear layers in order, by name; what normalizes, together."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            found.setdefault(name if own[0].dim() > 1 else "normalization", []).extend(own)
+    return found
+
+
+# Clean training on the last kernel: of so many images a step, judged on so many of the validation split.
+CARRIED_STEPS, CARRIED_BATCH, CARRIED_POINTS = 300, 64, 300
+
+
+def _carried(record: RunRecord, config: RunConfig, examples: Examples, model: nn.Module) -> dict[str, Any]:
+    load_weights(checkpoint_path(record.folder, "last"), model)
+    network = Linearized(model, zero_offset=True)
+    batches = Batches(
+        examples.train,
+        batch_size=CARRIED_BATCH,
+        seed=config.seed,
+        augmentation=Augmentation(),
+        device="cpu",
+    )
+    # The loss's curvature is at most half of the kernel's top eigenvalue over n; momentum steps are stable
+    # up to 3.8 over it.
+    eigenvalues = record.series("kernel/clean/class/top_eigenvalues")[1][-1]
+    peak = config.probe.size / eigenvalues[0]
+    optimizer = torch.optim.SGD(network.delta.parameters(), lr=peak, momentum=0.9)
+    for step in range(CARRIED_STEPS):
+        optimizer.param_groups[0]["lr"] = peak * cosine(step / CARRIED_STEPS)
+        x, y, _ = batches.batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    points = examples.validation.select(torch.arange(min(CARRIED_POINTS, len(examples.validation))))
+    attacks = {"clean": None, "robust": build_attack(config, num_steps=10)}
+    found = {
+        name: count_correct(network, points, attack, seed=config.seed, device=torch.device("cpu"))
+        / len(points)
+        for name, attack in attacks.items()
+    }
+    return {"what": "carried", "n": len(points), **found}
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits: more than seeds agree on, at half of the bytes."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+# --- verdicts --------------------------------------------------------------------------------------------
+
+
+def verdicts(values: Sequence[Values], setting: str) -> list[Verdict]:
+    """Each claim on the images and, where it applies, on the table."""
+    found = []
+    for claim in CLAIMS:
+        name = claim.id.partition("/")[2]
+        for table, where in ((False, setting), (True, TABLE_SETTING)):
+            lines = [line for line in values if (line["data"] == TABLE) == table]
+            if table and (name not in ON_THE_TABLE or not lines):
+                continue
+            effects = {}
+            for seed in {line["seed"] for line in lines}:
+                effect = EFFECTS[name]([line for line in lines if line["seed"] == seed])
+                if effect is not None and isfinite(effect):
+                    effects[seed] = effect
+            found.append(judge(claim, where, effects))
+    return found
+
+
+def correlations(values: Iterable[Values], names: Sequence[str] = METRICS) -> dict[tuple[str, str], float]:
+    """Spearman correlation of every two metrics over the snapshots on clean inputs that have both."""
+    from scipy.stats import spearmanr
+
+    lines = _select(values, what="snapshot", inputs="clean")
+    found = {}
+    for a, b in combinations(names, 2):
+        both = [(line[a], line[b]) for line in lines if a in line and b in line]
+        if len(both) > 2:
+            found[a, b] = float(spearmanr(both).statistic)
+    return found
+
+
+def _select(lines: Iterable[Values], **where: Any) -> list[Values]:
+    """The lines with these values; of several, any one."""
+    chosen = {key: value if isinstance(value, tuple) else (value,) for key, value in where.items()}
+    return [line for line in lines if all(line.get(key) in allowed for key, allowed in chosen.items())]
+
+
+def _mean(lines: Iterable[Values], key: str) -> float | None:
+    found = [line[key] for line in lines if key in line]
+    return fmean(found) if found else None
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def _of_run(lines: Sequence[Values], key: str, method: str, schedule: str = "piecewise") -> float | None:
+    return _mean(_select(lines, what="run", method=method, schedule=schedule), key)
+
+
+def _excess(lines: Sequence[Values], what: str, key: str, **where: Any) -> float | None:
+    """PGD training's minus standard training's."""
+    pgd, standard = (_mean(_select(lines, what=what, method=m, **where), key) for m in ("pgd", "standard"))
+    return _difference(pgd, standard)
+
+
+def _settles_earlier(lines: Sequence[Values]) -> float | None:
+    return _difference(*(_of_run(lines, "settled", method, "constant") for method in ("standard", "pgd")))
+
+
+def _elsewhere(lines: Sequence[Values]) -> float | None:
+    return _ratio(*(_of_run(lines, f"to_{method}", "pgd") for method in ("standard", "trades")))
+
+
+def _turns_first(lines: Sequence[Values]) -> float | None:
+    return _difference(*(_of_run(lines, key, "pgd") for key in ("grown", "turned")))
+
+
+def _decaying(lines: Sequence[Values], methods: Sequence[str]) -> list[Values]:
+    """The stages of the runs whose learning rate decays, of the speed that decay alone leaves as it is."""
+    return _select(lines, what="stages", inputs="clean", speed=SPEEDS[1], method=methods, schedule=DECAYING)
+
+
+def _three_stages(lines: Sequence[Values]) -> float | None:
+    runs = _decaying(lines, ADVERSARIAL)
+    return fmean("learning_end" in run and "third_start" in run for run in runs) if runs else None
+
+
+def _third_is_adversarial(lines: Sequence[Values]) -> float | None:
+    return _difference(
+        *(_mean(_decaying(lines, methods), "third_probability") for methods in (ADVERSARIAL, METHODS[:1]))
+    )
+
+
+def _drop_triggers(lines: Sequence[Values]) -> float | None:
+    return _ratio(*(_of_run(lines, "moved", "pgd", schedule) for schedule in ("piecewise", "constant")))
+
+
+def _overfitting_triggers(lines: Sequence[Values]) -> float | None:
+    excess: list[tuple[float, float]] = []
+    for schedule in SCHEDULES:
+        runs = _select(lines, what="run", method=ADVERSARIAL, schedule=schedule)
+        means = [_mean(runs, key) or 0.0 for key in ("robust_overfitting", "moved")]
+        excess += [(run["robust_overfitting"] - means[0], run["moved"] - means[1]) for run in runs]
+    varied = all(len(set(column)) > 1 for column in zip(*excess, strict=True))
+    return correlation(*zip(*excess, strict=True)) if excess and varied else None
+
+
+def _first_layer(lines: Sequence[Values]) -> float | None:
+    found = _select(lines, what="layer", method="pgd", convolution=True)
+    ended = _select(found, step=found[-1]["step"]) if found else []
+    return ended[0]["distance"] / ended[-1]["distance"] if ended else None
+
+
+def _counts_repeat(lines: Sequence[Values]) -> float | None:
+    return min(map(abs, correlations(lines, COUNTS).values()), default=None)
+
+
+# claim -> its effect in the lines of one seed and data set; None where the runs are missing
+EFFECTS: Mapping[str, Callable[[Sequence[Values]], float | None]] = {
+    "settles-earlier": _settles_earlier,
+    "elsewhere": _elsewhere,
+    "carries-robustness": lambda lines: _excess(lines, "carried", "robust"),
+    "top-mass": lambda lines: _excess(lines, "run", "top_mass", schedule="piecewise"),
+    "turns-first": _turns_first,
+    "three-stages": _three_stages,
+    "third-is-adversarial": _third_is_adversarial,
+    "drop-triggers": _drop_triggers,
+    "overfitting-triggers": _overfitting_triggers,
+    "sub-kernels": lambda lines: _mean(_select(lines, what="run", method=ADVERSARIAL), "specialization"),
+    "first-layer": _first_layer,
+    "top-directions": lambda lines: _mean(_select(lines, inputs=BETWEEN, method="pgd"), "in_top"),
+    "counts-repeat": _counts_repeat,
+}
+
+STUDY = Study("evolution", CLAIMS, configurations, measure, verdicts)
