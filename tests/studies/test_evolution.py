@@ -22,21 +22,35 @@ Make = Callable[..., RunConfig]
 Line = dict[str, Any]
 
 
-def test_every_method_meets_every_schedule_it_is_compared_under() -> None:
+def test_runs_that_are_compared_have_as_many_steps_and_snapshots() -> None:
     runs = evolution.configurations(1, [7])
-    images = {
-        (c.method["name"], c.training.schedule) for c in runs.values() if c.data.name == "fashion-mnist"
+    kinds = {
+        place: {k[len(place) + 1 :] for k in runs if k.startswith(place)}
+        for place in ("images", "few", "table")
     }
-    table = {(c.method["name"], c.training.schedule) for c in runs.values() if c.data.name == "breast-cancer"}
-    assert images == table
-    assert len(images) == 13
-    assert len(runs) == 2 * 13
-    assert runs["breast-cancer-trades-cosine-7"].model["name"] == "mlp"
-    for config in [*runs.values(), *evolution.configurations(2, [0]).values()]:
-        assert config.threads == 1  # or the number of jobs would change the numbers
-        assert config.probe.early
-        # Stages take eight snapshots.
-        assert config.training.epochs / config.probe.every >= 12
+    assert len(kinds["images"]) == 13
+    assert kinds["images"] == kinds["table"]
+    assert kinds["few"] == {"pgd-piecewise-7", "pgd-constant-7"}
+    assert runs["table-trades-cosine-7"].model["name"] == "mlp"
+    for tier in evolution.WORDS:
+        runs = evolution.configurations(tier, [0])
+        many, few = (runs[f"{place}-pgd-piecewise-0"] for place in ("images", "few"))
+        of_many, of_few = (_in_steps(config) for config in (many, few))
+        assert of_few == pytest.approx(of_many, rel=0.02)
+        assert replace(few, data=many.data, training=many.training) == replace(
+            many, name=few.name, evaluation=few.evaluation, probe=few.probe
+        )
+        for config in runs.values():
+            assert config.threads == 1  # or the number of jobs would change the numbers
+            assert config.probe.early
+            # Stages take eight snapshots.
+            assert config.training.epochs / config.probe.every >= 12
+
+
+def _in_steps(config: RunConfig) -> list[float]:
+    epoch = (config.data.train_size or 0) // config.training.batch_size
+    times = (config.training.epochs, config.training.keep_every, config.evaluation.every, config.probe.every)
+    return [epoch * (time or 0) for time in times]
 
 
 def test_layers_share_out_the_parameters() -> None:
@@ -69,11 +83,12 @@ def folder(tiny_config: Make, tmp_path: Path) -> tuple[Path, RunConfig]:
         "--probe.every=1",
         "--training.keep_every=1.5",
         "--probe.early=true",
+        "--name=images-pgd-piecewise",
     )
     standard = replace(config, method={"name": "standard"})
-    train(standard, tmp_path / "digits-standard-piecewise-0")
-    train(config, tmp_path / "digits-pgd-piecewise-0")
-    return tmp_path / "digits-pgd-piecewise-0", config
+    train(standard, tmp_path / "images-standard-piecewise-0")
+    train(config, tmp_path / "images-pgd-piecewise-0")
+    return tmp_path / "images-pgd-piecewise-0", config
 
 
 def test_what_is_read_off_a_run(folder: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +107,7 @@ def test_what_is_read_off_a_run(folder: tuple[Path, RunConfig], monkeypatch: pyt
     )
     (run,) = by_kind["run"]
     kernels = [record.kernels(step)["clean/class"] for step in (0, record.kernel_steps()[-1])]
-    other = read_run(path.parent / "digits-standard-piecewise-0")
+    other = read_run(path.parent / "images-standard-piecewise-0")
     reached = other.kernels(other.kernel_steps()[-1])["clean/class"]
     assert run["to_standard"] == pytest.approx(
         float(tl.metrics.kernel_distance(kernels[1], reached).mean()), rel=1e-4
@@ -107,9 +122,11 @@ def test_what_is_read_off_a_run(folder: tuple[Path, RunConfig], monkeypatch: pyt
     assert by_kind["carried"][0]["n"] == 60
 
 
-def planted(seed: int = 0, data: str = "fashion-mnist", **changed: float) -> Iterable[Line]:
+def planted(seed: int = 0, data: str = "images", **changed: float) -> Iterable[Line]:
     """One seed's lines with known effects: what the claims say, unless changed."""
-    numbers = {"settled": 0.1, "to_trades": 0.01, "robust": 0.5, "moved": 0.6, "third": 0.9, **changed}
+    numbers = {"settled": 0.1, "to_trades": 0.01, "robust": 0.5, "moved": 0.6, "third": 0.9} | changed
+    few = {"data": "few", "seed": seed, "method": "pgd", "schedule": "piecewise", "what": "run"}
+    yield few | {"robust_overfitting": 0.1, "moved": 1.26}
     for method in evolution.METHODS:
         for schedule in evolution.SCHEDULES:
             place = {"seed": seed, "data": data, "method": method, "schedule": schedule}
@@ -120,8 +137,8 @@ def planted(seed: int = 0, data: str = "fashion-mnist", **changed: float) -> Ite
                 "settled": numbers["settled"] if adversarial else 0.3,
                 "turned": 0.1,
                 "grown": 0.3,
-                "moved": (numbers["moved"] if schedule == "piecewise" else 0.2) + 0.01 * overfits,
-                "robust_overfitting": 0.02 * overfits,
+                "moved": numbers["moved"] if schedule == "piecewise" else 0.2,
+                "robust_overfitting": 0.02,
                 "top_mass": 0.9 if adversarial else 0.8,
                 "specialization": 2.0,
                 "to_standard": 0.1,
@@ -150,11 +167,12 @@ def test_planted_effects_are_found_and_can_be_refuted() -> None:
     true = judged(line for seed in range(3) for line in planted(seed))
     assert {name for name, _ in true} == {claim.id.removeprefix("evolution/") for claim in evolution.CLAIMS}
     assert {verdict.verdict for verdict in true.values()} == {"supported"}
-    assert true["settles-earlier", "images"].effect == pytest.approx(0.2)
+    assert true["settles-earlier", "images"].effect == pytest.approx(3)
     assert true["elsewhere", "images"].effect == pytest.approx(10)
     assert true["first-layer", "images"].effect == pytest.approx(4)
-    assert true["drop-triggers", "images"].effect == pytest.approx(0.63 / 0.23)
-    assert true["overfitting-triggers", "images"].effect == pytest.approx(1)
+    assert true["drop-triggers", "images"].effect == pytest.approx(3)
+    assert true["overfitting-triggers", "images"].effect == pytest.approx(2.1)
+    assert true["few-overfit", "images"].effect == pytest.approx(0.08)
     assert true["counts-repeat", "images"].effect == pytest.approx(1)
     false = {"settled": 0.29, "to_trades": 0.09, "robust": 0.15, "moved": 0.2, "third": 0.2}
     for key, claim in zip(
@@ -168,7 +186,7 @@ def test_planted_effects_are_found_and_can_be_refuted() -> None:
 
 def test_the_table_is_judged_by_itself_and_missing_runs_are_no_evidence() -> None:
     lines = [line for seed in range(3) for line in planted(seed)]
-    table = [line for seed in range(3) for line in planted(seed, "breast-cancer", settled=0.29)]
+    table = [line for seed in range(3) for line in planted(seed, "table", settled=0.29)]
     found = judged([*lines, *table])
     assert found["settles-earlier", "images"].verdict == "supported"
     assert found["settles-earlier", evolution.TABLE_SETTING].verdict == "refuted"

@@ -2,14 +2,14 @@
 
 Asked: do the known results hold here (Loo et al. 2022, arXiv 2210.12030; Tsilivis & Kempe 2022, arXiv
 2210.05577), are there the three stages of arXiv 2312.02236, what triggers the third, where do sub-kernels
-specialise, how do the kernels on clean and on PGD inputs part, and which metrics merely repeat another: on
-images, and on a table.
+specialise, how do the kernels on clean and on PGD inputs part, and which metrics merely repeat another. On
+"images", on "few" of them (with equally many steps, for robust overfitting), and on a "table".
 
 The constant learning rate is the control: decay alone makes a kernel look lazy, which is why stages are
 those of the angle per unit of summed learning rate. But steps that jitter about a point turn the kernel in
 proportion to the rate's root, so that this speed rises with every drop though nothing is learned. Hence two
 more controls: standard training, and the angle between the mean kernels of the second and of the last quarter
-of training, in which jitter averages out.
+of training, in which jitter averages out. Overfitting has its own control: as many steps with more images.
 
 The lines of values.jsonl, by ``what``: "snapshot", the kernel's metrics at each moment on clean inputs, on
 PGD inputs and between the two; "stages" of a run, with their uncertainty; "run"; "layer", of the kernels of
@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from math import isfinite
 from pathlib import Path
-from statistics import correlation, fmean
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +64,10 @@ PAPER = "arXiv 2312.02236"
 CLAIMS = (
     Claim(
         "evolution/settles-earlier",
-        "With a constant learning rate the kernel settles earlier under PGD than under standard training, by "
-        "5 % of the training.",
-        "share of the training after which the angle to the last kernel stays below half of the first one's, "
-        "standard − PGD",
-        0.05,
+        "With a constant learning rate the kernel takes 1.5 times as long to settle under standard training "
+        "as under PGD training.",
+        "steps until the angle to the last kernel stays below half of the first one's, standard over PGD",
+        1.5,
         source=f"{LOO}, {TSILIVIS}",
     ),
     Claim(
@@ -96,10 +95,10 @@ CLAIMS = (
     ),
     Claim(
         "evolution/turns-first",
-        "Under PGD training the kernel turns first and grows later: half of its angle comes before half of "
-        "its radius, by 5 % of the training.",
-        "share of the training until ‖K − K₀‖ is half of its last value, minus the same of the angle to K₀",
-        0.05,
+        "Under PGD training the kernel turns first and grows later: half of its radius takes 1.5 times as "
+        "long as half of its angle.",
+        "steps until ‖K − K₀‖ is half of its last value, over the same of the angle to K₀",
+        1.5,
         source=f"{TSILIVIS}, as we read it",
     ),
     Claim(
@@ -124,11 +123,17 @@ CLAIMS = (
         1.5,
     ),
     Claim(
+        "evolution/few-overfit",
+        "With few images PGD training overfits robustly: by 2 points more than with many, in as many steps.",
+        "best − last PGD-10 accuracy on the validation split, few − many, stepwise rate",
+        0.02,
+    ),
+    Claim(
         "evolution/overfitting-triggers",
-        "Robust overfitting makes the kernel evolve again: of adversarial runs with one schedule, those that "
-        "overfit more move farther, with a correlation above 0.5.",
-        "correlation of best − last robust accuracy and that angle, each less its schedule's mean",
-        0.5,
+        "Robust overfitting makes the kernel evolve again: with few images PGD training's moves 1.5 times as "
+        "far from the second to the last quarter as with many, in as many steps.",
+        "angle between the quarters' mean kernels on clean inputs, few over many, stepwise rate",
+        1.5,
     ),
     Claim(
         "evolution/sub-kernels",
@@ -163,37 +168,42 @@ CLAIMS = (
 
 # --- runs ------------------------------------------------------------------------------------------------
 
-# tier -> shipped configuration and what differs; the middle and the end are kept for the kernels of layers
-IMAGES: Mapping[int, tuple[str, str]] = {
-    0: (
-        "digits",
-        "--eps=0.2 --data.train_size=600 --data.validation_size=200 --model.widths=[8,16] "
-        "--model.strides=[1,2] --training.epochs=12 --training.batch_size=50 --training.keep_every=6 "
-        "--evaluation.every=1 --evaluation.test_num_steps=10 --evaluation.test_size=200 --probe.size=20 "
-        "--probe.num_steps=5",
-    ),
-    1: (
-        "fashion-mnist",
-        "--training.epochs=20 --training.keep_every=10 --evaluation.test_num_steps=20 "
-        "--evaluation.test_size=500 --probe.size=40 --probe.every=0.5",
-    ),
-    2: (
-        "cifar10-narrow",
-        "--training.epochs=16 --training.keep_every=8 --evaluation.test_num_steps=20 --probe.size=30 "
-        "--probe.every=1",
-    ),
-}
-NUM_STEPS = {0: 3, 1: 5, 2: 5}  # of PGD and TRADES in training
+Place = Literal["images", "few", "table"]
 
-TABLE = "breast-cancer"
-TABLE_SETTING = "breast cancer, a table of 30 features, MLP"
+# tier -> shipped configuration, and what differs for many and for few images: as many steps, evaluations and
+# snapshots. The middle and the end are kept for the kernels of layers.
+BASES = {0: "digits", 1: "fashion-mnist", 2: "cifar10-narrow"}
+WORDS: Mapping[int, Mapping[Place, str]] = {
+    0: {
+        "images": "--eps=0.2 --model.widths=[8,16] --model.strides=[1,2] --data.validation_size=200 "
+        "--training.batch_size=50 --evaluation.test_num_steps=10 --evaluation.test_size=200 --probe.size=20 "
+        "--probe.num_steps=5 --data.train_size=600 --training.epochs=12 --training.keep_every=6 "
+        "--evaluation.every=1",
+        "few": "--data.train_size=150 --training.epochs=48 --training.keep_every=24 --evaluation.every=4 "
+        "--probe.every=4",
+    },
+    1: {
+        "images": "--model.widths=[8,16,32] --channels_last=true --data.validation_size=500 "
+        "--evaluation.test_num_steps=20 --evaluation.test_size=500 --probe.size=40 --training.keep_every=7.5",
+        "few": "--data.train_size=1000 --training.epochs=167 --training.keep_every=83.5 "
+        "--evaluation.every=11.14 --probe.every=5.57",
+    },
+    2: {
+        "images": "--evaluation.test_num_steps=20 --probe.size=30 --training.epochs=16 "
+        "--training.keep_every=8",
+        "few": "--data.train_size=1000 --training.epochs=178 --training.keep_every=89 "
+        "--evaluation.every=11.14 --probe.every=11.14",
+    },
+}
 TABLE_WORDS = (
-    f"--data.name={TABLE} --data.validation_size=100 --eps=0.1 --model=mlp --model.widths=[64,64] "
-    "--training.epochs=40 --training.learning_rate=0.05 --evaluation.every=1 --evaluation.test_num_steps=20 "
-    "--probe.size=40 --probe.every=1"
+    "--data.name=breast-cancer --data.validation_size=100 --eps=0.1 --model=mlp --model.widths=[64,64] "
+    "--training.epochs=40 --training.learning_rate=0.05 --evaluation.every=2 --evaluation.test_num_steps=20 "
+    "--probe.size=40 --probe.every=2"
 )
-# What needs neither convolutions nor ten classes.
+TABLE_SETTING = "breast cancer, a table of 30 features, MLP"
+# What needs neither convolutions nor ten classes nor many examples.
 ON_THE_TABLE = ("settles-earlier", "turns-first", "three-stages", "third-is-adversarial", "drop-triggers")
+NUM_STEPS = 3  # of PGD and TRADES in training
 
 
 def configurations(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
@@ -202,19 +212,25 @@ def configurations(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
         grid = list(product(("standard", "pgd", "trades"), ("piecewise", "constant")))
     else:
         grid = [*product(METHODS, DECAYING), *product(CONTROLS, ("constant",))]
-    places = [IMAGES[tier], ("digits", TABLE_WORDS)] if tier == 1 else [IMAGES[tier]]
-    found: dict[str, RunConfig] = {}
-    for seed, (base, words), (method, schedule) in product(seeds, places, grid):
-        steps = [f"--method.num_steps={NUM_STEPS[tier]}"] if method in ("pgd", "trades") else []
-        own = [f"--method={method}", *steps, f"--training.schedule={schedule}", f"--seed={seed}"]
-        fixed = ["--probe.early=true", "--threads=1", f"--name={method}-{schedule}"]
-        config = load_config(base, [*words.split(), *own, *fixed])
-        found[_key(config, method)] = config
+    many, few = WORDS[tier]["images"], WORDS[tier]["few"]
+    runs: list[tuple[Place, str, str, tuple[str, str]]] = []
+    runs += [("images", BASES[tier], many, kind) for kind in grid]
+    runs += [
+        ("few", BASES[tier], f"{many} {few}", ("pgd", schedule)) for schedule in ("piecewise", "constant")
+    ]
+    if tier == 1:
+        runs += [("table", "digits", TABLE_WORDS, kind) for kind in grid]
+    found = {}
+    for seed, (place, base, words, (method, schedule)) in product(seeds, runs):
+        own = [f"--method={method}", f"--training.schedule={schedule}", f"--seed={seed}"]
+        own += [f"--method.num_steps={NUM_STEPS}"] if method in ("pgd", "trades") else []
+        own += ["--probe.early=true", "--threads=1", f"--name={place}-{method}-{schedule}"]
+        found[_key(place, method, schedule, seed)] = load_config(base, [*words.split(), *own])
     return found
 
 
-def _key(config: RunConfig, method: str) -> str:
-    return f"{config.data.name}-{method}-{config.training.schedule}-{config.seed}"
+def _key(place: str, method: str, schedule: str, seed: int) -> str:
+    return f"{place}-{method}-{schedule}-{seed}"
 
 
 # --- measurements ----------------------------------------------------------------------------------------
@@ -223,16 +239,17 @@ def _key(config: RunConfig, method: str) -> str:
 def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     """The lines of one run; the other methods' runs of its seed and schedule lie beside it."""
     record = read_run(folder)
-    place = {"data": config.data.name, "schedule": config.training.schedule}
-    lines = [*_snapshots(record), *_stages(record), _run(record, config)]
-    if config.training.schedule == "piecewise" and config.data.name != TABLE:
+    place = config.name.partition("-")[0]
+    told = {"data": place, "schedule": config.training.schedule}
+    lines = [*_snapshots(record), *_stages(record), _run(record, config) | _distances(record, config, place)]
+    if config.training.schedule == "piecewise" and place == "images":
         examples = build_data(config)
         model = build_model(config, examples, torch.device("cpu"))
         lines += _layers(folder, config, examples, model)
         if config.method["name"] in ("standard", "pgd"):
             lines.append(_carried(record, config, examples, model))
     for line in lines:
-        yield place | {key: _rounded(value) for key, value in line.items() if value is not None}
+        yield told | {key: _rounded(value) for key, value in line.items() if value is not None}
 
 
 def _snapshots(record: RunRecord) -> Iterator[dict[str, Any]]:
@@ -288,7 +305,6 @@ def _run(record: RunRecord, config: RunConfig) -> dict[str, Any]:
             for name in ("top_mass", "specialization")
         },
         **_path(record),
-        **_distances(record, config),
     }
 
 
@@ -309,18 +325,18 @@ def _path(record: RunRecord) -> dict[str, float]:
         return float(shares[(values >= values[-1] / 2).nonzero()[0]])
 
     return {
-        "settled": float(shares[(to_last > to_last[0] / 2).nonzero()[-1]]),
+        "settled": float(shares[(to_last > to_last[0] / 2).nonzero()[-1] + 1]),
         "turned": half(turned),
         "grown": half(grown),
         "moved": float(metrics.kernel_angle(middle, late).mean()),
     }
 
 
-def _distances(record: RunRecord, config: RunConfig) -> dict[str, float]:
+def _distances(record: RunRecord, config: RunConfig, place: str) -> dict[str, float]:
     """Kernel distance to where the other methods' runs ended."""
     found = {}
     for method in METHODS:
-        folder = record.folder.parent / _key(config, method)
+        folder = record.folder.parent / _key(place, method, config.training.schedule, config.seed)
         if method != config.method["name"] and folder.exists():
             other = _last_kernel(read_run(folder))
             found[f"to_{method}"] = float(metrics.kernel_distance(_last_kernel(record), other).mean())
@@ -413,7 +429,7 @@ def verdicts(values: Sequence[Values], setting: str) -> list[Verdict]:
     for claim in CLAIMS:
         name = claim.id.partition("/")[2]
         for table, where in ((False, setting), (True, TABLE_SETTING)):
-            lines = [line for line in values if (line["data"] == TABLE) == table]
+            lines = [line for line in values if (line["data"] == "table") == table]
             if table and (name not in ON_THE_TABLE or not lines):
                 continue
             effects = {}
@@ -439,8 +455,9 @@ def correlations(values: Iterable[Values], names: Sequence[str] = METRICS) -> di
 
 
 def _select(lines: Iterable[Values], **where: Any) -> list[Values]:
-    """The lines with these values; of several, any one."""
-    chosen = {key: value if isinstance(value, tuple) else (value,) for key, value in where.items()}
+    """The lines with these values, of several any one; without those of few images, unless asked for."""
+    wanted = {"data": ("images", "table"), **where}
+    chosen = {key: value if isinstance(value, tuple) else (value,) for key, value in wanted.items()}
     return [line for line in lines if all(line.get(key) in allowed for key, allowed in chosen.items())]
 
 
@@ -461,6 +478,12 @@ def _of_run(lines: Sequence[Values], key: str, method: str, schedule: str = "pie
     return _mean(_select(lines, what="run", method=method, schedule=schedule), key)
 
 
+def _few_and_many(lines: Sequence[Values], key: str) -> tuple[float | None, float | None]:
+    """Of PGD training with few images, and with many."""
+    few = _mean(_select(lines, what="run", data="few", schedule="piecewise"), key)
+    return few, _of_run(lines, key, "pgd")
+
+
 def _excess(lines: Sequence[Values], what: str, key: str, **where: Any) -> float | None:
     """PGD training's minus standard training's."""
     pgd, standard = (_mean(_select(lines, what=what, method=m, **where), key) for m in ("pgd", "standard"))
@@ -468,7 +491,7 @@ def _excess(lines: Sequence[Values], what: str, key: str, **where: Any) -> float
 
 
 def _settles_earlier(lines: Sequence[Values]) -> float | None:
-    return _difference(*(_of_run(lines, "settled", method, "constant") for method in ("standard", "pgd")))
+    return _ratio(*(_of_run(lines, "settled", method, "constant") for method in ("standard", "pgd")))
 
 
 def _elsewhere(lines: Sequence[Values]) -> float | None:
@@ -476,7 +499,7 @@ def _elsewhere(lines: Sequence[Values]) -> float | None:
 
 
 def _turns_first(lines: Sequence[Values]) -> float | None:
-    return _difference(*(_of_run(lines, key, "pgd") for key in ("grown", "turned")))
+    return _ratio(*(_of_run(lines, key, "pgd") for key in ("grown", "turned")))
 
 
 def _decaying(lines: Sequence[Values], methods: Sequence[str]) -> list[Values]:
@@ -499,16 +522,6 @@ def _drop_triggers(lines: Sequence[Values]) -> float | None:
     return _ratio(*(_of_run(lines, "moved", "pgd", schedule) for schedule in ("piecewise", "constant")))
 
 
-def _overfitting_triggers(lines: Sequence[Values]) -> float | None:
-    excess: list[tuple[float, float]] = []
-    for schedule in SCHEDULES:
-        runs = _select(lines, what="run", method=ADVERSARIAL, schedule=schedule)
-        means = [_mean(runs, key) or 0.0 for key in ("robust_overfitting", "moved")]
-        excess += [(run["robust_overfitting"] - means[0], run["moved"] - means[1]) for run in runs]
-    varied = all(len(set(column)) > 1 for column in zip(*excess, strict=True))
-    return correlation(*zip(*excess, strict=True)) if excess and varied else None
-
-
 def _first_layer(lines: Sequence[Values]) -> float | None:
     found = _select(lines, what="layer", method="pgd", convolution=True)
     ended = _select(found, step=found[-1]["step"]) if found else []
@@ -529,7 +542,8 @@ EFFECTS: Mapping[str, Callable[[Sequence[Values]], float | None]] = {
     "three-stages": _three_stages,
     "third-is-adversarial": _third_is_adversarial,
     "drop-triggers": _drop_triggers,
-    "overfitting-triggers": _overfitting_triggers,
+    "few-overfit": lambda lines: _difference(*_few_and_many(lines, "robust_overfitting")),
+    "overfitting-triggers": lambda lines: _ratio(*_few_and_many(lines, "moved")),
     "sub-kernels": lambda lines: _mean(_select(lines, what="run", method=ADVERSARIAL), "specialization"),
     "first-layer": _first_layer,
     "top-directions": lambda lines: _mean(_select(lines, inputs=BETWEEN, method="pgd"), "in_top"),

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from joblib import Parallel, delayed
 
@@ -127,8 +128,14 @@ def read_values(folder: Path) -> list[dict[str, Any]]:
 
 
 def _measured(name: str, run: Path, config: RunConfig) -> list[dict[str, Any]]:
+    """The run's lines, measured with the threads that it was trained with."""
     place = {"run": run.name, "method": config.method["name"], "seed": config.seed}
-    return [{**place, **values} for values in load_study(name).measure(run, config)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads or before)
+    try:
+        return [{**place, **values} for values in load_study(name).measure(run, config)]
+    finally:
+        torch.set_num_threads(before)
 
 
 def _append(folder: Path, lines: Iterable[Values]) -> None:
