@@ -145,7 +145,9 @@ def planted(seed: int = 0, data: str = "images", **changed: float) -> Iterable[L
                 "to_trades": numbers["to_trades"],
             }
             stages = {"what": "stages", "inputs": "clean", "speed": "angle_per_learning_rate"}
-            found = {"learning_end": 2.0, "third_start": 8.0} if adversarial else {}
+            found = (
+                {"learning_end": 2.0, "third_start": 8.0, "third_after_drop": -0.01} if adversarial else {}
+            )
             yield place | stages | found | {"third_probability": numbers["third"] if adversarial else 0.1}
             for step in range(5):
                 counts = {name: float(step**2 + overfits) for name in evolution.COUNTS}
@@ -172,6 +174,7 @@ def test_planted_effects_are_found_and_can_be_refuted() -> None:
     assert true["first-layer", "images"].effect == pytest.approx(4)
     assert true["drop-triggers", "images"].effect == pytest.approx(3)
     assert true["overfitting-triggers", "images"].effect == pytest.approx(2.1)
+    assert true["third-at-drop", "images"].effect == pytest.approx(0.01)
     assert true["few-overfit", "images"].effect == pytest.approx(0.08)
     assert true["counts-repeat", "images"].effect == pytest.approx(1)
     false = {"settled": 0.29, "to_trades": 0.09, "robust": 0.15, "moved": 0.2, "third": 0.2}

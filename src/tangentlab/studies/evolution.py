@@ -116,6 +116,13 @@ CLAIMS = (
         source=f"{PAPER}, as we read it",
     ),
     Claim(
+        "evolution/third-at-drop",
+        "With a stepwise rate the third stage starts at the first drop, within 5 % of the training.",
+        "|start − drop| as a share of the training, mean over the adversarial runs with a third stage",
+        0.05,
+        above=False,
+    ),
+    Claim(
         "evolution/drop-triggers",
         "The learning rate's drop makes the kernel evolve again: PGD training's moves 1.5 times as far from "
         "the second to the last quarter with a stepwise rate as with a constant one.",
@@ -202,7 +209,14 @@ TABLE_WORDS = (
 )
 TABLE_SETTING = "breast cancer, a table of 30 features, MLP"
 # What needs neither convolutions nor ten classes nor many examples.
-ON_THE_TABLE = ("settles-earlier", "turns-first", "three-stages", "third-is-adversarial", "drop-triggers")
+ON_THE_TABLE = (
+    "settles-earlier",
+    "turns-first",
+    "three-stages",
+    "third-is-adversarial",
+    "third-at-drop",
+    "drop-triggers",
+)
 NUM_STEPS = 3  # of PGD and TRADES in training
 
 
@@ -241,7 +255,11 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     record = read_run(folder)
     place = config.name.partition("-")[0]
     told = {"data": place, "schedule": config.training.schedule}
-    lines = [*_snapshots(record), *_stages(record), _run(record, config) | _distances(record, config, place)]
+    lines = [
+        *_snapshots(record),
+        *_stages(record, config),
+        _run(record, config) | _distances(record, config, place),
+    ]
     if config.training.schedule == "piecewise" and place == "images":
         examples = build_data(config)
         model = build_model(config, examples, torch.device("cpu"))
@@ -270,7 +288,7 @@ def _snapshots(record: RunRecord) -> Iterator[dict[str, Any]]:
         }
 
 
-def _stages(record: RunRecord) -> Iterator[dict[str, Any]]:
+def _stages(record: RunRecord, config: RunConfig) -> Iterator[dict[str, Any]]:
     for inputs, speed in product(INPUTS, SPEEDS):
         found = metrics.find_stages(*record.series(f"kernel/{inputs}/class/{speed}"))
         line: dict[str, Any] = {"what": "stages", "inputs": inputs, "speed": speed}
@@ -281,6 +299,11 @@ def _stages(record: RunRecord) -> Iterator[dict[str, Any]]:
             line |= {f"{name}_low": low, f"{name}_high": high}
         for name in ("learning_probability", "lazy_probability", "third_probability"):
             line[name] = getattr(found, name)
+        if config.training.schedule == "piecewise" and found.third_start is not None:
+            # In shares of the training.
+            line["third_after_drop"] = (
+                found.third_start / config.training.epochs - config.training.milestones[0]
+            )
         yield line
 
 
@@ -518,6 +541,11 @@ def _third_is_adversarial(lines: Sequence[Values]) -> float | None:
     )
 
 
+def _third_at_drop(lines: Sequence[Values]) -> float | None:
+    found = [line["third_after_drop"] for line in _decaying(lines, ADVERSARIAL) if "third_after_drop" in line]
+    return fmean(map(abs, found)) if found else None
+
+
 def _drop_triggers(lines: Sequence[Values]) -> float | None:
     return _ratio(*(_of_run(lines, "moved", "pgd", schedule) for schedule in ("piecewise", "constant")))
 
@@ -541,6 +569,7 @@ EFFECTS: Mapping[str, Callable[[Sequence[Values]], float | None]] = {
     "turns-first": _turns_first,
     "three-stages": _three_stages,
     "third-is-adversarial": _third_is_adversarial,
+    "third-at-drop": _third_at_drop,
     "drop-triggers": _drop_triggers,
     "few-overfit": lambda lines: _difference(*_few_and_many(lines, "robust_overfitting")),
     "overfitting-triggers": lambda lines: _ratio(*_few_and_many(lines, "moved")),
