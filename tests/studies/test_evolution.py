@@ -145,6 +145,7 @@ def planted(seed: int = 0, data: str = "images", **changed: float) -> Iterable[L
                 "to_trades": numbers["to_trades"],
             }
             stages = {"what": "stages", "inputs": "clean", "speed": "angle_per_learning_rate"}
+            stages |= {"first_ratio": 3.0}
             found = (
                 {"learning_end": 2.0, "third_start": 8.0, "third_after_drop": -0.01} if adversarial else {}
             )

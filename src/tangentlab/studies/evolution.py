@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from math import isfinite
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Literal
 
 import torch
@@ -53,6 +53,7 @@ BETWEEN = "clean~pgd"
 # Eigen-directions; as many as the probe sums up to the top mass.
 TOP = 10
 COUNTS = ("entropy_rank", "participation_ratio", "intrinsic_dimension", "top_mass")
+FAST = 1.5  # times the lazy level, as stages are claimed
 SPEEDS = ("angle_velocity", "angle_per_learning_rate")
 METRICS = ("distance_from_first", *SPEEDS, *COUNTS, "target_alignment", "specialization")
 
@@ -104,7 +105,8 @@ CLAIMS = (
     Claim(
         "evolution/three-stages",
         "With a decaying learning rate most adversarial runs have three stages.",
-        "share of the runs in which a learning, a lazy and a third stage are established",
+        "share of the runs that begin 1.5 times as fast as they are in their second quarter and have a "
+        "third stage after a lazy one",
         0.5,
         source=PAPER,
     ),
@@ -290,8 +292,13 @@ def _snapshots(record: RunRecord) -> Iterator[dict[str, Any]]:
 
 def _stages(record: RunRecord, config: RunConfig) -> Iterator[dict[str, Any]]:
     for inputs, speed in product(INPUTS, SPEEDS):
-        found = metrics.find_stages(*record.series(f"kernel/{inputs}/class/{speed}"))
+        times, speeds = record.series(f"kernel/{inputs}/class/{speed}")
+        found = metrics.find_stages(times, speeds)
+        shares = [time / config.training.epochs for time in times]
+        middle = [v for share, v in zip(shares, speeds, strict=True) if 0.25 < share <= 0.5]
         line: dict[str, Any] = {"what": "stages", "inputs": inputs, "speed": speed}
+        # A learning stage shorter than three snapshots cannot be told from the curve.
+        line["first_ratio"] = speeds[0] / median(middle)
         for name in ("learning_end", "third_start", "third_end", "level_ratio"):
             line[name] = getattr(found, name)
         for name in ("learning_end", "third_start"):
@@ -532,7 +539,7 @@ def _decaying(lines: Sequence[Values], methods: Sequence[str]) -> list[Values]:
 
 def _three_stages(lines: Sequence[Values]) -> float | None:
     runs = _decaying(lines, ADVERSARIAL)
-    return fmean("learning_end" in run and "third_start" in run for run in runs) if runs else None
+    return fmean(run["first_ratio"] >= FAST and "third_start" in run for run in runs) if runs else None
 
 
 def _third_is_adversarial(lines: Sequence[Values]) -> float | None:
