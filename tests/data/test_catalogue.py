@@ -10,7 +10,7 @@ from tangentlab.errors import ConfigError
 def test_an_unknown_name_lists_the_choices():
     with pytest.raises(ConfigError, match="data set 'cifar' is unknown; did you mean 'cifar10'"):
         load("cifar")
-    assert DATASETS == ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
+    assert DATASETS == ("digits", "breast-cancer", "mnist", "fashion-mnist", "cifar10", "cifar100")
 
 
 def test_the_default_root_is_the_users_cache(tmp_path, authors, monkeypatch):

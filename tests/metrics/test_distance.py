@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tangentlab.errors import ConfigError, KernelError
-from tangentlab.metrics import distance_matrix, kernel_angle, kernel_distance, kernel_velocity
+from tangentlab.metrics import (
+    difference_in_top,
+    distance_matrix,
+    kernel_angle,
+    kernel_distance,
+    kernel_velocity,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -172,3 +178,40 @@ def test_a_zero_kernel_in_a_batch_is_counted() -> None:
         distance_matrix(kernels)
     with pytest.raises(KernelError, match="snapshots are"):
         distance_matrix(torch.eye(3))
+
+
+def test_the_difference_is_shared_out_over_eigenvectors() -> None:
+    n = 9
+    basis = torch.linalg.qr(random(n, n)).Q
+    values = torch.arange(n, 0, -1, dtype=torch.float64)
+    K = basis @ torch.diag(values) @ basis.T
+    # All of it in the plane of the two top eigenvectors, whatever the kernels' scales.
+    turned = basis[:, :2] @ torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64) @ basis[:, :2].T
+    within = 5 * (K + turned)
+    shares = [difference_in_top(K, within, k).item() for k in range(1, n + 1)]
+    units = [X / X.norm() for X in (K, within)]
+    D = basis.T @ (units[1] - units[0]) @ basis
+    assert shares == pytest.approx(
+        [float((D[:k, :k].norm() / D.norm()) ** 2) for k in range(1, n + 1)], abs=1e-12
+    )
+    assert shares[-1] == pytest.approx(1)
+    both = difference_in_top(torch.stack([K, within]), torch.stack([within, K]), 2)
+    assert both[0].item() == pytest.approx(shares[1])
+
+
+def test_a_difference_without_directions_has_its_share_of_the_plane() -> None:
+    n, k = 60, 20
+    K = torch.eye(n, dtype=torch.float64) + 0.01 * torch.diag(torch.arange(n, dtype=torch.float64))
+    noise = random(20, n, n)
+    share = difference_in_top(K.expand(20, n, n), K + 0.01 * (noise + noise.mT), k).mean().item()
+    assert share == pytest.approx((k / n) ** 2, rel=0.1)
+
+
+def test_a_difference_that_does_not_exist_is_refused() -> None:
+    eye = torch.eye(3)
+    with pytest.raises(KernelError, match="proportional"):
+        difference_in_top(eye, 2 * eye, 1)
+    with pytest.raises(ConfigError, match="k=4 eigenvectors were asked of 3; choose from 1 to 3"):
+        difference_in_top(eye, torch.ones(3, 3), 4)
+    with pytest.raises(KernelError, match="both need the same"):
+        difference_in_top(eye, torch.eye(4), 1)

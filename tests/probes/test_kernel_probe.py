@@ -115,6 +115,25 @@ def test_velocity_is_given_over_one_fixed_gap(model: nn.Module, points: tuple[Te
         probe.measure(model, 17)
 
 
+def test_snapshots_between_are_described_and_leave_the_others_alone(
+    model: nn.Module, points: tuple[Tensor, Tensor]
+) -> None:
+    plain, dense = (tl.KernelProbe(*points, inputs=attacks()) for _ in range(2))
+    with pytest.raises(ConfigError, match="step=0 is the first snapshot; between=True takes one before it"):
+        dense.measure(model, 0, between=True)
+    for probe in (plain, dense):
+        probe.measure(model, 0, summed_learning_rate=0.0)
+    move(model)
+    early = dense.measure(model, 1, summed_learning_rate=0.1, between=True)
+    assert not any("velocity" in name or "previous" in name for name in early.values)
+    assert early.values["kernel/clean/class/distance_from_first"] > 0
+    move(model)
+    a, b = (probe.measure(model, 4, summed_learning_rate=0.4) for probe in (plain, dense))
+    assert a.values == b.values
+    assert "kernel/clean/class/velocity" in b.values
+    assert set(early.kernels) == set(b.kernels)
+
+
 def test_a_resumed_probe_goes_on(model: nn.Module, points: tuple[Tensor, Tensor]) -> None:
     whole, broken = (tl.KernelProbe(*points, inputs=attacks()) for _ in range(2))
     for probe in (whole, broken):

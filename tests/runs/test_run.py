@@ -269,3 +269,17 @@ def test_normalize_is_the_first_layer_and_travels_with_the_weights(tiny_config: 
 
 def test_an_interval_in_epochs_is_at_least_a_step() -> None:
     assert [every_steps(e, 17) for e in (0.01, 0.5, 1, 2)] == [1, 8, 17, 34]
+
+
+def test_early_snapshots_are_dense_and_leave_the_others_alone(tiny_config: Make, tmp_path: Path) -> None:
+    words = ["--data.train_size=200", "--training.batch_size=20", "--training.epochs=2"]
+    plain, early = (
+        train(tiny_config(*words, f"--probe.early={value}"), tmp_path / value) for value in ("false", "true")
+    )
+    assert plain.kernel_steps() == [0, 10, 20]
+    assert early.kernel_steps() == [0, 1, 2, 4, 8, 10, 20]
+    name = "kernel/clean/class/distance_from_first"
+    assert early.series(name)[0] == [0.1, 0.2, 0.4, 0.8, 1.0, 2.0]
+    velocity = "kernel/pgd/class/angle_velocity"
+    assert early.series(velocity) == plain.series(velocity)
+    assert len(plain.series(velocity)[1]) == 2

@@ -14,9 +14,12 @@ from tangentlab.data.download import fetch
 from tangentlab.data.idx import LAYOUTS, read_mnist
 from tangentlab.data.layout import Layout
 from tangentlab.data.sources import SOURCES
+from tangentlab.data.tabular import load_breast_cancer
 from tangentlab.errors import ConfigError, DataError, unknown_choice
 
-DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
+# Those that scikit-learn brings along, and those in files.
+_EMBEDDED = {"digits": load_digits, "breast-cancer": load_breast_cancer}
+DATASETS = (*_EMBEDDED, "mnist", "fashion-mnist", "cifar10", "cifar100")
 
 
 def load(name: str, root: str | os.PathLike[str] | None = None, *, download: bool = True) -> Dataset:
@@ -36,8 +39,8 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, download: boo
     """
     if name not in DATASETS:
         raise ConfigError(unknown_choice("data set", name, DATASETS))
-    if name == "digits":
-        return load_digits()
+    if name in _EMBEDDED:
+        return _EMBEDDED[name]()
     folder = _default_root() if root is None else Path(root).expanduser()
     advice = f"{name}: {_formats(name)[0][0].advice(folder)}"
     found = _find(name, folder)

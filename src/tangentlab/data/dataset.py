@@ -1,4 +1,7 @@
-"""Labelled images in memory: a split holds them as bytes, a data set is a training and a test split."""
+"""Labelled images in memory: a split holds them as bytes, a data set is a training and a test split.
+
+Rows of a table are images one pixel high: [n, 1, 1, features].
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,17 @@
 """The NTK engine: exact empirical neural tangent kernels of any module, in bounded memory."""
 
 from tangentlab.kernels.gap import KernelGap, kernel_gap
+from tangentlab.kernels.linearized import Linearized
 from tangentlab.kernels.ntk import ntk, plan
 from tangentlab.kernels.tangent import pullback, sgd_change, tangent_change
 
-__all__ = ["KernelGap", "kernel_gap", "ntk", "plan", "pullback", "sgd_change", "tangent_change"]
+__all__ = [
+    "KernelGap",
+    "Linearized",
+    "kernel_gap",
+    "ntk",
+    "plan",
+    "pullback",
+    "sgd_change",
+    "tangent_change",
+]

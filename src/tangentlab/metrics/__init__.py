@@ -9,6 +9,7 @@ themselves.
 from tangentlab.metrics.alignment import centered_alignment, kernel_target_alignment
 from tangentlab.metrics.distance import (
     Velocity,
+    difference_in_top,
     distance_matrix,
     kernel_angle,
     kernel_distance,
@@ -44,6 +45,7 @@ __all__ = [
     "Velocity",
     "catastrophic_overfitting",
     "centered_alignment",
+    "difference_in_top",
     "distance_matrix",
     "eigenvalues",
     "entropy_rank",

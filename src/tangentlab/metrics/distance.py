@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tangentlab.errors import ConfigError, KernelError
-from tangentlab.metrics._checks import Curve, as_kernel, as_times, unit
+from tangentlab.metrics._checks import Curve, as_kernel, as_symmetric, as_times, unit
 
 
 def kernel_distance(K1: Tensor, K2: Tensor) -> Tensor:
@@ -58,6 +58,41 @@ def kernel_angle(K1: Tensor, K2: Tensor) -> Tensor:
     0.785398163397
     """
     return _angle(kernel_distance(K1, K2))
+
+
+def difference_in_top(K1: Tensor, K2: Tensor, k: int) -> Tensor:
+    """‖VᵀDV‖² / ‖D‖², D = K2/‖K2‖ − K1/‖K1‖: the part of a kernel distance along K1's top k eigenvectors V.
+
+    A difference without preferred directions has about (k/n)² there. ‖D‖² is twice the kernel distance.
+
+    Args:
+        K1, K2: symmetric kernels [..., n, n] of the same shape.
+        k: 1 to n.
+
+    Returns:
+        float64 [...], in [0, 1].
+
+    Raises:
+        ConfigError: k out of range.
+        KernelError: shapes differ, a kernel that is not symmetric, NaN or infinite entries, or kernels that
+            are zero or proportional: there is no difference to divide.
+
+    >>> K1, K2 = torch.diag(torch.tensor([4.0, 3.0])), torch.diag(torch.tensor([3.0, 4.0]))
+    >>> round(difference_in_top(K1, K2, 1).item(), 12)  # D = diag(−1, 1)/5
+    0.5
+    """
+    a, b = as_symmetric(K1, "K1"), as_symmetric(K2, "K2")
+    if a.shape != b.shape:
+        raise KernelError(f"K1 and K2 have shapes {list(K1.shape)} and {list(K2.shape)}; both need the same")
+    if not 1 <= k <= a.shape[-1]:
+        raise ConfigError(f"k={k} eigenvectors were asked of {a.shape[-1]}; choose from 1 to {a.shape[-1]}")
+    difference = unit(b) - unit(a)
+    whole = difference.square().sum(dim=(-2, -1))
+    if bool((whole == 0).any()):
+        raise KernelError("K1 and K2 are proportional: there is no difference between them")
+    top = torch.linalg.eigh(a).eigenvectors[..., -k:]
+    inside: Tensor = (top.mT @ difference @ top).square().sum(dim=(-2, -1)) / whole
+    return inside
 
 
 def distance_matrix(kernels: Tensor) -> Tensor:

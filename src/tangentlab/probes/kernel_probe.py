@@ -45,6 +45,7 @@ class KernelProbe:
     rate), entropy_rank, participation_ratio, intrinsic_dimension, top_eigenvalues, top_mass (of ten),
     target_alignment, and of class kernels specialization_matrix and specialization. Velocities are given only
     over one fixed gap of steps, that of the first two snapshots: 1 − cos is quadratic in the movement.
+    Snapshots between those of a fixed gap are no part of it: they are described, and told from the first.
 
     The model comes back as it was and global random state is untouched: a run with a probe equals the run
     without it, bit for bit.
@@ -90,19 +91,27 @@ class KernelProbe:
         self._summed_learning_rate = 0.0
 
     def measure(
-        self, model: nn.Module, step: int, *, summed_learning_rate: float | None = None
+        self,
+        model: nn.Module,
+        step: int,
+        *,
+        summed_learning_rate: float | None = None,
+        between: bool = False,
     ) -> Measurement:
         """The kernels of ``model`` as it stands, and what they say.
 
         Args:
             step: optimizer updates so far; must grow from call to call.
             summed_learning_rate: Σ of the learning rates so far, for movement per unit of it.
+            between: a snapshot between those whose movement is followed, such as an early one; not the first.
 
         Raises:
             KernelError: the kernel cannot be exact for this model, or not within the memory.
         """
         if self._previous and step <= self._step:
             raise ConfigError(f"step={step} does not follow the last snapshot's, {self._step}")
+        if between and not self._previous:
+            raise ConfigError(f"step={step} is the first snapshot; between=True takes one before it")
         x, y = self._placed(model)
         crafted = self._craft(model, x, y)
         values: dict[str, Any] = {}
@@ -116,22 +125,28 @@ class KernelProbe:
             for kind in self.kinds:
                 kernel = class_kernels if kind == "class" else class_kernels.mean(dim=0)
                 kernels[f"{name}/{kind}"] = kernel.cpu()
-        if self._previous and not self._gap:
+        if self._previous and not self._gap and not between:
             self._gap = step - self._step
         labels = self.y.cpu()
         for name, kernel in kernels.items():
             described = _describe(kernel, labels)
-            described |= self._movement(name, kernel, step, summed_learning_rate)
+            if between:
+                described["distance_from_first"] = _distance(self._first[name], kernel)
+            else:
+                described |= self._movement(name, kernel, step, summed_learning_rate)
             values |= {f"kernel/{name}/{metric}": value for metric, value in described.items()}
         for a, b in combinations(self.inputs, 2):
             for kind in self.kinds:
-                distance = metrics.kernel_distance(kernels[f"{a}/{kind}"], kernels[f"{b}/{kind}"])
-                values[f"kernel/{a}~{b}/{kind}/distance"] = float(distance.mean())
+                distance = _distance(kernels[f"{a}/{kind}"], kernels[f"{b}/{kind}"])
+                values[f"kernel/{a}~{b}/{kind}/distance"] = distance
+        measured = Measurement(step=step, values=values, kernels=kernels)
+        if between:
+            return measured
         self._previous = {name: kernel.clone() for name, kernel in kernels.items()}
         self._first = self._first or self._previous
         self._step = step
         self._summed_learning_rate = summed_learning_rate or 0.0
-        return Measurement(step=step, values=values, kernels=kernels)
+        return measured
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed probe needs, as plain tensors: first and last kernels, the inputs crafted once."""
@@ -198,19 +213,24 @@ class KernelProbe:
     ) -> dict[str, float]:
         if not self._previous:
             return {}
-        moved = metrics.kernel_distance(self._previous[name], kernel).mean()
+        moved = _distance(self._previous[name], kernel)
         angle = float(metrics.kernel_angle(self._previous[name], kernel).mean())
         values = {
-            "distance_from_first": float(metrics.kernel_distance(self._first[name], kernel).mean()),
-            "distance_from_previous": float(moved),
+            "distance_from_first": _distance(self._first[name], kernel),
+            "distance_from_previous": moved,
         }
         gap = step - self._step
         if gap == self._gap:
-            values |= {"velocity": float(moved) / gap, "angle_velocity": angle / gap}
+            values |= {"velocity": moved / gap, "angle_velocity": angle / gap}
             rate = (summed_learning_rate or 0.0) - self._summed_learning_rate
             if rate > 0:
                 values["angle_per_learning_rate"] = angle / rate
         return values
+
+
+def _distance(K1: Tensor, K2: Tensor) -> float:
+    """Averaged over the classes."""
+    return float(metrics.kernel_distance(K1, K2).mean())
 
 
 def _describe(kernel: Tensor, y: Tensor) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class DataConfig:
     """The data set and what is done to its images.
 
     Args:
-        name: digits, mnist, fashion-mnist, cifar10 or cifar100.
+        name: digits, breast-cancer, mnist, fashion-mnist, cifar10 or cifar100.
         root: folder that holds the data in their authors' layout; none for the cache folder.
         train_size: training examples, class-balanced; none for all that validation leaves.
         validation_size: examples of the training set kept for validation, class-balanced.
@@ -141,12 +141,14 @@ class ProbeConfig:
     Args:
         size: class-balanced training examples whose kernel is followed; 0 for no probe.
         every: epochs between snapshots; fractions are allowed.
+        early: snapshots at the steps 1, 2, 4, 8, ... before the first of those too.
         num_steps: PGD steps of the probe's own attack.
         memory: bound on the kernel engine's working memory.
     """
 
     size: int = 50
     every: float = 1.0
+    early: bool = False
     num_steps: int = 10
     memory: str = "2GiB"
 

@@ -109,7 +109,7 @@ class Evaluation:
 
 @dataclass
 class Probing:
-    """Measures the kernel every ``every`` steps.
+    """Measures the kernel every ``every`` steps; where ``early``, also at the powers of two before the first.
 
     It only watches: where a kernel cannot be measured any more (a network that has died has none), the log
     says so and training goes on. A first snapshot that fails is a wrong setting, and an error.
@@ -118,23 +118,26 @@ class Probing:
     probe: KernelProbe
     log: Log
     every: int
+    early: bool = False
 
     def __call__(self, state: TrainingState) -> None:
-        if state.step % self.every:
+        step = state.step
+        between = step % self.every != 0
+        if between and not (self.early and step < self.every and step.bit_count() == 1):
             return
         check_parameters(state)
         with timed(state, "probe"):
             try:
                 measurement = self.probe.measure(
-                    state.model, state.step, summed_learning_rate=state.summed_learning_rate
+                    state.model, step, summed_learning_rate=state.summed_learning_rate, between=between
                 )
             except KernelError as error:
-                if state.step == 0:
+                if step == 0:
                     raise
-                self.log.write(state.step, {"probe_error": str(error)})
+                self.log.write(step, {"probe_error": str(error)})
                 return
-            values = {"epoch": self.log.epoch(state.step), **measurement.values}
-            self.log.run.write(Measurement(state.step, values, measurement.kernels))
+            values = {"epoch": self.log.epoch(step), **measurement.values}
+            self.log.run.write(Measurement(step, values, measurement.kernels))
             self.log.newest.update(measurement.values)
 
 

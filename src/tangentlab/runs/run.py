@@ -230,7 +230,7 @@ def _hooks(
     checkpointing = Checkpointing(config, log, evaluation, probe, steps, interruption)
     hooks: list[StepHook] = [evaluation]
     if probe is not None:
-        hooks.append(Probing(probe, log, every_steps(config.probe.every, per_epoch)))
+        hooks.append(Probing(probe, log, every_steps(config.probe.every, per_epoch), config.probe.early))
     if config.training.keep_every is not None:
         hooks.append(Keeping(log, every_steps(config.training.keep_every, per_epoch)))
     hooks.append(Recording(log))

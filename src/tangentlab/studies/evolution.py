@@ -1,0 +1,589 @@
+"""How the kernel evolves: standard training and four kinds of adversarial training, three learning rates.
+
+Asked: do the known results hold here (Loo et al. 2022, arXiv 2210.12030; Tsilivis & Kempe 2022, arXiv
+2210.05577), are there the three stages of arXiv 2312.02236, what triggers the third, where do sub-kernels
+specialise, how do the kernels on clean and on PGD inputs part, and which metrics merely repeat another. On
+"images", on "few" of them (with equally many steps, for robust overfitting), and on a "table".
+
+The constant learning rate is the control: decay alone makes a kernel look lazy, which is why stages are
+those of the angle per unit of summed learning rate. But steps that jitter about a point turn the kernel in
+proportion to the rate's root, so that this speed rises with every drop though nothing is learned. Hence two
+more controls: standard training, and the angle between the mean kernels of the second and of the last quarter
+of training, in which jitter averages out. Overfitting has its own control: as many steps with more images.
+
+The lines of values.jsonl, by ``what``: "snapshot", the kernel's metrics at each moment on clean inputs, on
+PGD inputs and between the two; "stages" of a run, with their uncertainty; "run"; "layer", of the kernels of
+one layer's parameters; "carried", clean training on the kernel that the run ended with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, product
+from math import isfinite
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tangentlab import metrics
+from tangentlab.data import Augmentation, Batches
+from tangentlab.kernels import Linearized
+from tangentlab.probes import KernelProbe
+from tangentlab.records import RunRecord, read_run
+from tangentlab.runs import RunConfig, load_config
+from tangentlab.runs.build import Examples, build_attack, build_data, build_model, build_probe
+from tangentlab.runs.evaluation import checkpoint_path, count_correct, kept_checkpoints
+from tangentlab.studies.claims import Claim, Verdict, judge
+from tangentlab.studies.study import Study, Values
+from tangentlab.training import load_weights
+from tangentlab.training.schedules import cosine
+
+METHODS = ("standard", "fgsm_rs", "n_fgsm", "pgd", "trades")
+ADVERSARIAL = METHODS[1:]
+DECAYING = ("piecewise", "cosine")
+SCHEDULES = (*DECAYING, "constant")
+CONTROLS = ("standard", "fgsm_rs", "pgd")  # trained with a constant rate too
+INPUTS = ("clean", "pgd")
+BETWEEN = "clean~pgd"
+
+# Eigen-directions; as many as the probe sums up to the top mass.
+TOP = 10
+COUNTS = ("entropy_rank", "participation_ratio", "intrinsic_dimension", "top_mass")
+FAST = 1.5  # times the lazy level, as stages are claimed
+SPEEDS = ("angle_velocity", "angle_per_learning_rate")
+METRICS = ("distance_from_first", *SPEEDS, *COUNTS, "target_alignment", "specialization")
+
+# --- claims ----------------------------------------------------------------------------------------------
+
+LOO = "Loo et al. 2022"
+TSILIVIS = "Tsilivis & Kempe 2022"
+PAPER = "arXiv 2312.02236"
+CLAIMS = (
+    Claim(
+        "evolution/settles-earlier",
+        "With a constant learning rate the kernel takes 1.5 times as long to settle under standard training "
+        "as under PGD training.",
+        "steps until the angle to the last kernel stays below half of the first one's, standard over PGD",
+        1.5,
+        source=f"{LOO}, {TSILIVIS}",
+    ),
+    Claim(
+        "evolution/elsewhere",
+        "PGD training ends at a kernel twice as far from standard training's as from TRADES's.",
+        "kernel distance to standard training's last kernel over that to TRADES's",
+        2.0,
+        source=LOO,
+    ),
+    Claim(
+        "evolution/carries-robustness",
+        "Clean training on the fixed kernel of a PGD-trained network is more robust than on a standard "
+        "one's, by 10 points.",
+        "PGD-10 accuracy of zero-offset linearised networks trained on clean images, PGD − standard",
+        0.1,
+        source=LOO,
+    ),
+    Claim(
+        "evolution/top-mass",
+        "PGD training ends with more of the kernel in its ten top eigenvalues than standard training, by 2 "
+        "points.",
+        "top mass of the class kernels on clean inputs, PGD − standard",
+        0.02,
+        source=TSILIVIS,
+    ),
+    Claim(
+        "evolution/turns-first",
+        "Under PGD training the kernel turns first and grows later: half of its radius takes 1.5 times as "
+        "long as half of its angle.",
+        "steps until ‖K − K₀‖ is half of its last value, over the same of the angle to K₀",
+        1.5,
+        source=f"{TSILIVIS}, as we read it",
+    ),
+    Claim(
+        "evolution/three-stages",
+        "With a decaying learning rate most adversarial runs have three stages.",
+        "share of the runs that begin 1.5 times as fast as they are in their second quarter and have a "
+        "third stage after a lazy one",
+        0.5,
+        source=PAPER,
+    ),
+    Claim(
+        "evolution/third-is-adversarial",
+        "The third stage is adversarial training's own: likelier than under standard training, by 0.5.",
+        "probability of a third stage with a decaying rate, mean over the adversarial methods − standard",
+        0.5,
+        source=f"{PAPER}, as we read it",
+    ),
+    Claim(
+        "evolution/third-at-drop",
+        "With a stepwise rate the third stage starts at the first drop, within 5 % of the training.",
+        "|start − drop| as a share of the training, mean over the adversarial runs with a third stage",
+        0.05,
+        above=False,
+    ),
+    Claim(
+        "evolution/drop-triggers",
+        "The learning rate's drop makes the kernel evolve again: PGD training's moves 1.5 times as far from "
+        "the second to the last quarter with a stepwise rate as with a constant one.",
+        "angle between the quarters' mean kernels on clean inputs, stepwise over constant",
+        1.5,
+    ),
+    Claim(
+        "evolution/few-overfit",
+        "With few images PGD training overfits robustly: by 2 points more than with many, in as many steps.",
+        "best − last PGD-10 accuracy on the validation split, few − many, stepwise rate",
+        0.02,
+    ),
+    Claim(
+        "evolution/overfitting-triggers",
+        "Robust overfitting makes the kernel evolve again: with few images PGD training's moves 1.5 times as "
+        "far from the second to the last quarter as with many, in as many steps.",
+        "angle between the quarters' mean kernels on clean inputs, few over many, stepwise rate",
+        1.5,
+    ),
+    Claim(
+        "evolution/sub-kernels",
+        "Under adversarial training each class kernel comes to align with its class: specialization ends "
+        "above 1.5.",
+        "specialization on clean inputs, mean over the adversarial methods; 1 is none",
+        1.5,
+        source=PAPER,
+    ),
+    Claim(
+        "evolution/first-layer",
+        "Clean and PGD kernels part in the first layer: after PGD training twice as far as in the last "
+        "convolution.",
+        "kernel distance between clean and PGD inputs, first over last convolution",
+        2.0,
+    ),
+    Claim(
+        "evolution/top-directions",
+        "Clean and PGD kernels differ along the top: more than half of their squared difference lies in the "
+        "clean kernel's ten top eigen-directions.",
+        "‖VᵀDV‖²/‖D‖² of PGD training, mean over the snapshots",
+        0.5,
+    ),
+    Claim(
+        "evolution/counts-repeat",
+        "Entropy rank, participation ratio, intrinsic dimension and top mass repeat one another: every two "
+        "have a rank correlation above 0.9.",
+        "least |Spearman correlation| of two of them, over all runs and snapshots",
+        0.9,
+    ),
+)
+
+# --- runs ------------------------------------------------------------------------------------------------
+
+Place = Literal["images", "few", "table"]
+
+# tier -> shipped configuration, and what differs for many and for few images: as many steps, evaluations and
+# snapshots. The middle and the end are kept for the kernels of layers.
+BASES = {0: "digits", 1: "fashion-mnist", 2: "cifar10-narrow"}
+WORDS: Mapping[int, Mapping[Place, str]] = {
+    0: {
+        "images": "--eps=0.2 --model.widths=[8,16] --model.strides=[1,2] --data.validation_size=200 "
+        "--training.batch_size=50 --evaluation.test_num_steps=10 --evaluation.test_size=200 --probe.size=20 "
+        "--probe.num_steps=5 --data.train_size=600 --training.epochs=12 --training.keep_every=6 "
+        "--evaluation.every=1",
+        "few": "--data.train_size=150 --training.epochs=48 --training.keep_every=24 --evaluation.every=4 "
+        "--probe.every=4",
+    },
+    1: {
+        "images": "--model.widths=[8,16,32] --channels_last=true --data.validation_size=500 "
+        "--evaluation.test_num_steps=20 --evaluation.test_size=500 --probe.size=40 --training.keep_every=7.5",
+        "few": "--data.train_size=1000 --training.epochs=167 --training.keep_every=83.5 "
+        "--evaluation.every=11.14 --probe.every=5.57",
+    },
+    2: {
+        "images": "--evaluation.test_num_steps=20 --probe.size=30 --training.epochs=16 "
+        "--training.keep_every=8",
+        "few": "--data.train_size=1000 --training.epochs=178 --training.keep_every=89 "
+        "--evaluation.every=11.14 --probe.every=11.14",
+    },
+}
+TABLE_WORDS = (
+    "--data.name=breast-cancer --data.validation_size=100 --eps=0.1 --model=mlp --model.widths=[64,64] "
+    "--training.epochs=40 --training.learning_rate=0.05 --evaluation.every=2 --evaluation.test_num_steps=20 "
+    "--probe.size=40 --probe.every=2"
+)
+TABLE_SETTING = "breast cancer, a table of 30 features, MLP"
+# What needs neither convolutions nor ten classes nor many examples.
+ON_THE_TABLE = (
+    "settles-earlier",
+    "turns-first",
+    "three-stages",
+    "third-is-adversarial",
+    "third-at-drop",
+    "drop-triggers",
+)
+NUM_STEPS = 3  # of PGD and TRADES in training
+
+
+def configurations(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
+    """Run key -> configuration; on CIFAR-10 fewer methods, with the main evidence the table too."""
+    if tier == 2:
+        grid = list(product(("standard", "pgd", "trades"), ("piecewise", "constant")))
+    else:
+        grid = [*product(METHODS, DECAYING), *product(CONTROLS, ("constant",))]
+    many, few = WORDS[tier]["images"], WORDS[tier]["few"]
+    runs: list[tuple[Place, str, str, tuple[str, str]]] = []
+    runs += [("images", BASES[tier], many, kind) for kind in grid]
+    runs += [
+        ("few", BASES[tier], f"{many} {few}", ("pgd", schedule)) for schedule in ("piecewise", "constant")
+    ]
+    if tier == 1:
+        runs += [("table", "digits", TABLE_WORDS, kind) for kind in grid]
+    found = {}
+    for seed, (place, base, words, (method, schedule)) in product(seeds, runs):
+        own = [f"--method={method}", f"--training.schedule={schedule}", f"--seed={seed}"]
+        own += [f"--method.num_steps={NUM_STEPS}"] if method in ("pgd", "trades") else []
+        own += ["--probe.early=true", "--threads=1", f"--name={place}-{method}-{schedule}"]
+        found[_key(place, method, schedule, seed)] = load_config(base, [*words.split(), *own])
+    return found
+
+
+def _key(place: str, method: str, schedule: str, seed: int) -> str:
+    return f"{place}-{method}-{schedule}-{seed}"
+
+
+# --- measurements ----------------------------------------------------------------------------------------
+
+
+def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
+    """The lines of one run; the other methods' runs of its seed and schedule lie beside it."""
+    record = read_run(folder)
+    place = config.name.partition("-")[0]
+    told = {"data": place, "schedule": config.training.schedule}
+    lines = [
+        *_snapshots(record),
+        *_stages(record, config),
+        _run(record, config) | _distances(record, config, place),
+    ]
+    if config.training.schedule == "piecewise" and place == "images":
+        examples = build_data(config)
+        model = build_model(config, examples, torch.device("cpu"))
+        lines += _layers(folder, config, examples, model)
+        if config.method["name"] in ("standard", "pgd"):
+            lines.append(_carried(record, config, examples, model))
+    for line in lines:
+        yield told | {key: _rounded(value) for key, value in line.items() if value is not None}
+
+
+def _snapshots(record: RunRecord) -> Iterator[dict[str, Any]]:
+    steps = set(record.kernel_steps())
+    for line in record.metrics:
+        if "kernel/clean/class/entropy_rank" not in line or line["step"] not in steps:
+            continue
+        moment = {"what": "snapshot", "step": line["step"], "epoch": line["epoch"]}
+        for inputs in INPUTS:
+            named = {metric: line.get(f"kernel/{inputs}/class/{metric}") for metric in METRICS}
+            yield {**moment, "inputs": inputs, **named}
+        clean, pgd = (record.kernels(line["step"])[f"{inputs}/class"] for inputs in INPUTS)
+        yield {
+            **moment,
+            "inputs": BETWEEN,
+            "distance": line[f"kernel/{BETWEEN}/class/distance"],
+            "in_top": float(metrics.difference_in_top(clean, pgd, TOP).mean()),
+        }
+
+
+def _stages(record: RunRecord, config: RunConfig) -> Iterator[dict[str, Any]]:
+    for inputs, speed in product(INPUTS, SPEEDS):
+        times, speeds = record.series(f"kernel/{inputs}/class/{speed}")
+        found = metrics.find_stages(times, speeds)
+        shares = [time / config.training.epochs for time in times]
+        middle = [v for share, v in zip(shares, speeds, strict=True) if 0.25 < share <= 0.5]
+        line: dict[str, Any] = {"what": "stages", "inputs": inputs, "speed": speed}
+        # A learning stage shorter than three snapshots cannot be told from the curve.
+        line["first_ratio"] = speeds[0] / median(middle)
+        for name in ("learning_end", "third_start", "third_end", "level_ratio"):
+            line[name] = getattr(found, name)
+        for name in ("learning_end", "third_start"):
+            low, high = getattr(found, f"{name}_interval") or (None, None)
+            line |= {f"{name}_low": low, f"{name}_high": high}
+        for name in ("learning_probability", "lazy_probability", "third_probability"):
+            line[name] = getattr(found, name)
+        if config.training.schedule == "piecewise" and found.third_start is not None:
+            # In shares of the training.
+            line["third_after_drop"] = (
+                found.third_start / config.training.epochs - config.training.milestones[0]
+            )
+        yield line
+
+
+def _run(record: RunRecord, config: RunConfig) -> dict[str, Any]:
+    epochs, robust = record.series("robust_accuracy")
+    best = max(range(1, len(robust)), key=robust.__getitem__)
+    collapse = metrics.catastrophic_overfitting(epochs, record.series("fgsm_accuracy")[1], robust)
+    tested = {
+        f"test_{'clean' if line['attack'] == 'none' else 'robust'}_{line['checkpoint']}": line["accuracy"]
+        for line in record.evaluations
+        if line["attack"] in ("none", "pgd")
+    }
+    return {
+        "what": "run",
+        "best_epoch": epochs[best],
+        "best_robust": robust[best],
+        "robust_overfitting": robust[best] - robust[-1],
+        "collapse_epoch": None if collapse is None else collapse.epoch,
+        **tested,
+        **{
+            name: record.series(f"kernel/clean/class/{name}")[1][-1]
+            for name in ("top_mass", "specialization")
+        },
+        **_path(record),
+    }
+
+
+def _path(record: RunRecord) -> dict[str, float]:
+    """Of the kernel on clean inputs: when it settled, had turned half of its way and grown half of it, as
+    shares of the training; and the angle from the second quarter's mean to the last one's."""
+    steps = record.kernel_steps()
+    kernels = torch.stack([record.kernels(step)["clean/class"].double() for step in steps])
+    to_last = metrics.kernel_angle(kernels, kernels[-1]).mean(dim=1)
+    turned = metrics.kernel_angle(kernels, kernels[0]).mean(dim=1)
+    grown = (kernels - kernels[0]).flatten(1).norm(dim=1)
+
+    shares = torch.tensor(steps) / steps[-1]
+    units = kernels / kernels.flatten(2).norm(dim=2)[..., None, None]
+    middle, late = (units[(low < shares) & (shares <= low + 0.25)].mean(dim=0) for low in (0.25, 0.75))
+
+    def half(values: Tensor) -> float:
+        return float(shares[(values >= values[-1] / 2).nonzero()[0]])
+
+    return {
+        "settled": float(shares[(to_last > to_last[0] / 2).nonzero()[-1] + 1]),
+        "turned": half(turned),
+        "grown": half(grown),
+        "moved": float(metrics.kernel_angle(middle, late).mean()),
+    }
+
+
+def _distances(record: RunRecord, config: RunConfig, place: str) -> dict[str, float]:
+    """Kernel distance to where the other methods' runs ended."""
+    found = {}
+    for method in METHODS:
+        folder = record.folder.parent / _key(place, method, config.training.schedule, config.seed)
+        if method != config.method["name"] and folder.exists():
+            other = _last_kernel(read_run(folder))
+            found[f"to_{method}"] = float(metrics.kernel_distance(_last_kernel(record), other).mean())
+    return found
+
+
+def _last_kernel(record: RunRecord) -> Tensor:
+    return record.kernels(record.kernel_steps()[-1])["clean/class"]
+
+
+def _layers(
+    folder: Path, config: RunConfig, examples: Examples, model: nn.Module
+) -> Iterator[dict[str, Any]]:
+    whole = build_probe(config, examples)
+    assert whole is not None
+    inputs = {name: whole.inputs[name] for name in INPUTS}
+    for step, path in kept_checkpoints(folder).items():
+        epoch = load_weights(path, model)["extra"]["epoch"]
+        for layer, parameters in layers(model).items():
+            model.requires_grad_(False)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            probe = KernelProbe(whole.x, whole.y, inputs=inputs, kinds="class", seed=config.seed)
+            values = probe.measure(model, step).values
+            line = {"what": "layer", "layer": layer, "step": step, "epoch": epoch}
+            line["convolution"] = parameters[0].dim() == 4
+            line["distance"] = values[f"kernel/{BETWEEN}/class/distance"]
+            for name in ("specialization", "target_alignment", "entropy_rank"):
+                line |= {f"{name}_{kind}": values[f"kernel/{kind}/class/{name}"] for kind in INPUTS}
+            yield line
+    model.requires_grad_(True)
+
+
+def layers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Convolutions and linear layers in order, by name; what normalizes, together."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            found.setdefault(name if own[0].dim() > 1 else "normalization", []).extend(own)
+    return found
+
+
+# Clean training on the last kernel: of so many images a step, judged on so many of the validation split.
+CARRIED_STEPS, CARRIED_BATCH, CARRIED_POINTS = 300, 64, 300
+
+
+def _carried(record: RunRecord, config: RunConfig, examples: Examples, model: nn.Module) -> dict[str, Any]:
+    load_weights(checkpoint_path(record.folder, "last"), model)
+    network = Linearized(model, zero_offset=True)
+    batches = Batches(
+        examples.train,
+        batch_size=CARRIED_BATCH,
+        seed=config.seed,
+        augmentation=Augmentation(),
+        device="cpu",
+    )
+    # The loss's curvature is at most half of the kernel's top eigenvalue over n; momentum steps are stable
+    # up to 3.8 over it.
+    eigenvalues = record.series("kernel/clean/class/top_eigenvalues")[1][-1]
+    peak = config.probe.size / eigenvalues[0]
+    optimizer = torch.optim.SGD(network.delta.parameters(), lr=peak, momentum=0.9)
+    for step in range(CARRIED_STEPS):
+        optimizer.param_groups[0]["lr"] = peak * cosine(step / CARRIED_STEPS)
+        x, y, _ = batches.batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    points = examples.validation.select(torch.arange(min(CARRIED_POINTS, len(examples.validation))))
+    attacks = {"clean": None, "robust": build_attack(config, num_steps=10)}
+    found = {
+        name: count_correct(network, points, attack, seed=config.seed, device=torch.device("cpu"))
+        / len(points)
+        for name, attack in attacks.items()
+    }
+    return {"what": "carried", "n": len(points), **found}
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits: more than seeds agree on, at half of the bytes."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+# --- verdicts --------------------------------------------------------------------------------------------
+
+
+def verdicts(values: Sequence[Values], setting: str) -> list[Verdict]:
+    """Each claim on the images and, where it applies, on the table."""
+    found = []
+    for claim in CLAIMS:
+        name = claim.id.partition("/")[2]
+        for table, where in ((False, setting), (True, TABLE_SETTING)):
+            lines = [line for line in values if (line["data"] == "table") == table]
+            if table and (name not in ON_THE_TABLE or not lines):
+                continue
+            effects = {}
+            for seed in {line["seed"] for line in lines}:
+                effect = EFFECTS[name]([line for line in lines if line["seed"] == seed])
+                if effect is not None and isfinite(effect):
+                    effects[seed] = effect
+            found.append(judge(claim, where, effects))
+    return found
+
+
+def correlations(values: Iterable[Values], names: Sequence[str] = METRICS) -> dict[tuple[str, str], float]:
+    """Spearman correlation of every two metrics over the snapshots on clean inputs that have both."""
+    from scipy.stats import spearmanr
+
+    lines = _select(values, what="snapshot", inputs="clean")
+    found = {}
+    for a, b in combinations(names, 2):
+        both = [(line[a], line[b]) for line in lines if a in line and b in line]
+        if len(both) > 2:
+            found[a, b] = float(spearmanr(both).statistic)
+    return found
+
+
+def _select(lines: Iterable[Values], **where: Any) -> list[Values]:
+    """The lines with these values, of several any one; without those of few images, unless asked for."""
+    wanted = {"data": ("images", "table"), **where}
+    chosen = {key: value if isinstance(value, tuple) else (value,) for key, value in wanted.items()}
+    return [line for line in lines if all(line.get(key) in allowed for key, allowed in chosen.items())]
+
+
+def _mean(lines: Iterable[Values], key: str) -> float | None:
+    found = [line[key] for line in lines if key in line]
+    return fmean(found) if found else None
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def _of_run(lines: Sequence[Values], key: str, method: str, schedule: str = "piecewise") -> float | None:
+    return _mean(_select(lines, what="run", method=method, schedule=schedule), key)
+
+
+def _few_and_many(lines: Sequence[Values], key: str) -> tuple[float | None, float | None]:
+    """Of PGD training with few images, and with many."""
+    few = _mean(_select(lines, what="run", data="few", schedule="piecewise"), key)
+    return few, _of_run(lines, key, "pgd")
+
+
+def _excess(lines: Sequence[Values], what: str, key: str, **where: Any) -> float | None:
+    """PGD training's minus standard training's."""
+    pgd, standard = (_mean(_select(lines, what=what, method=m, **where), key) for m in ("pgd", "standard"))
+    return _difference(pgd, standard)
+
+
+def _settles_earlier(lines: Sequence[Values]) -> float | None:
+    return _ratio(*(_of_run(lines, "settled", method, "constant") for method in ("standard", "pgd")))
+
+
+def _elsewhere(lines: Sequence[Values]) -> float | None:
+    return _ratio(*(_of_run(lines, f"to_{method}", "pgd") for method in ("standard", "trades")))
+
+
+def _turns_first(lines: Sequence[Values]) -> float | None:
+    return _ratio(*(_of_run(lines, key, "pgd") for key in ("grown", "turned")))
+
+
+def _decaying(lines: Sequence[Values], methods: Sequence[str]) -> list[Values]:
+    """The stages of the runs whose learning rate decays, of the speed that decay alone leaves as it is."""
+    return _select(lines, what="stages", inputs="clean", speed=SPEEDS[1], method=methods, schedule=DECAYING)
+
+
+def _three_stages(lines: Sequence[Values]) -> float | None:
+    runs = _decaying(lines, ADVERSARIAL)
+    return fmean(run["first_ratio"] >= FAST and "third_start" in run for run in runs) if runs else None
+
+
+def _third_is_adversarial(lines: Sequence[Values]) -> float | None:
+    return _difference(
+        *(_mean(_decaying(lines, methods), "third_probability") for methods in (ADVERSARIAL, METHODS[:1]))
+    )
+
+
+def _third_at_drop(lines: Sequence[Values]) -> float | None:
+    found = [line["third_after_drop"] for line in _decaying(lines, ADVERSARIAL) if "third_after_drop" in line]
+    return fmean(map(abs, found)) if found else None
+
+
+def _drop_triggers(lines: Sequence[Values]) -> float | None:
+    return _ratio(*(_of_run(lines, "moved", "pgd", schedule) for schedule in ("piecewise", "constant")))
+
+
+def _first_layer(lines: Sequence[Values]) -> float | None:
+    found = _select(lines, what="layer", method="pgd", convolution=True)
+    ended = _select(found, step=found[-1]["step"]) if found else []
+    return ended[0]["distance"] / ended[-1]["distance"] if ended else None
+
+
+def _counts_repeat(lines: Sequence[Values]) -> float | None:
+    return min(map(abs, correlations(lines, COUNTS).values()), default=None)
+
+
+# claim -> its effect in the lines of one seed and data set; None where the runs are missing
+EFFECTS: Mapping[str, Callable[[Sequence[Values]], float | None]] = {
+    "settles-earlier": _settles_earlier,
+    "elsewhere": _elsewhere,
+    "carries-robustness": lambda lines: _excess(lines, "carried", "robust"),
+    "top-mass": lambda lines: _excess(lines, "run", "top_mass", schedule="piecewise"),
+    "turns-first": _turns_first,
+    "three-stages": _three_stages,
+    "third-is-adversarial": _third_is_adversarial,
+    "third-at-drop": _third_at_drop,
+    "drop-triggers": _drop_triggers,
+    "few-overfit": lambda lines: _difference(*_few_and_many(lines, "robust_overfitting")),
+    "overfitting-triggers": lambda lines: _ratio(*_few_and_many(lines, "moved")),
+    "sub-kernels": lambda lines: _mean(_select(lines, what="run", method=ADVERSARIAL), "specialization"),
+    "first-layer": _first_layer,
+    "top-directions": lambda lines: _mean(_select(lines, inputs=BETWEEN, method="pgd"), "in_top"),
+    "counts-repeat": _counts_repeat,
+}
+
+STUDY = Study("evolution", CLAIMS, configurations, measure, verdicts)
