@@ -26,10 +26,17 @@ from tangentlab.cli import main
 from tangentlab.files import read_tensors
 from tangentlab.records import RunRecord, read_run
 from tangentlab.runs import load_config, train
-from tangentlab.runs.build import build_data, build_model, build_state, learning_rate, method_schedule
+from tangentlab.runs.build import (
+    build_batches,
+    build_data,
+    build_model,
+    build_state,
+    learning_rate,
+    method_schedule,
+    training_batch,
+)
 from tangentlab.runs.parsing import build_method
 from tangentlab.runs.processes import launch
-from tangentlab.runs.run import _batch, _batches
 from tangentlab.training import Network, Share
 from tiny import TINY
 
@@ -178,13 +185,13 @@ def test_batchnorm_normalizes_each_share_by_itself(method: str, pair: Path, tmp_
     states = [build_state(config, model) for model in shares]
     exchange = Exchange()
     parts = [exchange.share(rank) for rank in range(2)]
-    batches = [_batches(config, examples, torch.device("cpu"), part) for part in parts]
+    batches = [build_batches(config, examples, torch.device("cpu"), part) for part in parts]
     replays = build_method(config).replays
     steps = config.training.epochs * batches[0].steps_per_epoch * replays
 
     def differentiate(rank: int, step: int) -> None:
         model, state = shares[rank], states[rank]
-        drawn = _batch(batches[rank], step // replays, len(examples.train), parts[rank])
+        drawn = training_batch(batches[rank], step // replays, len(examples.train), parts[rank])
         draws = randomness.generator(config.seed, "method", step, part=(rank, 2))
         model.train()
         state.optimizer.zero_grad()
