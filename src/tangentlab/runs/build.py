@@ -125,7 +125,8 @@ def build_state(config: RunConfig, model: nn.Module) -> TrainingState:
         lr=config.training.learning_rate,
         momentum=config.training.momentum,
         weight_decay=config.training.weight_decay,
-        fused=all(map(_dense, trainable)),
+        # On the CPU it rounds otherwise than what the published results were made with.
+        fused=(trainable[0].is_cuda and all(map(_dense, trainable))) or None,
     )
     averaged = None
     if config.training.ema_decay is not None:
