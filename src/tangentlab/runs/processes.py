@@ -6,6 +6,7 @@ its launcher, by torchrun, or by srun.
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from collections.abc import Mapping
@@ -103,7 +104,15 @@ def connect(config: RunConfig, launched: Launch) -> Any:
         plugins=[LightningEnvironment() if launched.by == "tangentlab" else TorchElasticEnvironment()],
     )
     fabric.launch()
+    if torch.distributed.is_initialized():
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    # Its threads must end before the interpreter does, or the process aborts; Fabric sees to NCCL's only.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _name_as_torchrun(launched: Launch) -> None:
