@@ -62,8 +62,11 @@ def main() -> None:
         runs = {options.runs / f"{name}/seed-{seed}": config(name, seed) for name, seed in each(options)}
         check_outcomes(train_many(runs, jobs=options.jobs))
     elif options.command == "evaluate":
-        folders = [(name, options.runs / f"{name}/seed-{seed}") for name, seed in each(options)]
-        Parallel(n_jobs=options.jobs)(delayed(attack)(name, folder) for name, folder in folders)
+        parts = list(attacks(options))
+        Parallel(n_jobs=options.jobs)(
+            delayed(evaluate)(folder, attacks=names, checkpoints=[checkpoint], test_size=n)
+            for folder, names, checkpoint, n in parts
+        )
     else:
         rows = [row(name, read_run(options.runs / f"{name}/seed-{seed}")) for name, seed in each(options)]
         found = {"schema": 1, "environment": environment(), "runs": rows}
@@ -83,11 +86,18 @@ def config(name: str, seed: int) -> RunConfig:
     return load_config("fashion-mnist", [*words, "--seed", str(seed), *COMMON])
 
 
-def attack(name: str, folder: Path) -> None:
-    """APGD on the last and best checkpoints; AutoAttack on the finalists' first seeds."""
-    evaluate(folder, attacks=["none", "apgd"], test_size=10_000)
-    if name in FINALISTS and int(folder.name.removeprefix("seed-")) in SEEDS:
-        evaluate(folder, attacks=["autoattack"], checkpoints=["last"], test_size=AUTOATTACK_POINTS)
+def attacks(options: argparse.Namespace) -> Iterable[tuple[Path, list[str], str, int]]:
+    """(run, attacks, checkpoint, points) of every evaluation; what is wanted most comes first.
+
+    APGD on the last checkpoint of every run; of the first seeds AutoAttack on the finalists' and APGD on the
+    best checkpoints.
+    """
+    runs = [(name, seed, options.runs / f"{name}/seed-{seed}") for name, seed in each(options)]
+    yield from ((folder, ["none", "apgd"], "last", 10_000) for _, _, folder in runs)
+    first = [(name, folder) for name, seed, folder in runs if seed in SEEDS]
+    finalists = (folder for name, folder in first if name in FINALISTS)
+    yield from ((folder, ["autoattack"], "last", AUTOATTACK_POINTS) for folder in finalists)
+    yield from ((folder, ["none", "apgd"], "best", 10_000) for _, folder in first)
 
 
 def row(name: str, record: RunRecord) -> dict[str, Any]:
