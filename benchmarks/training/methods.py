@@ -64,8 +64,8 @@ def main() -> None:
     elif options.command == "evaluate":
         parts = list(attacks(options))
         Parallel(n_jobs=options.jobs)(
-            delayed(evaluate)(folder, attacks=names, checkpoints=[checkpoint], test_size=n)
-            for folder, names, checkpoint, n in parts
+            delayed(evaluate)(folder, attacks=names, checkpoints=checkpoints, test_size=n)
+            for folder, names, checkpoints, n in parts
         )
     else:
         rows = [row(name, read_run(options.runs / f"{name}/seed-{seed}")) for name, seed in each(options)]
@@ -86,18 +86,19 @@ def config(name: str, seed: int) -> RunConfig:
     return load_config("fashion-mnist", [*words, "--seed", str(seed), *COMMON])
 
 
-def attacks(options: argparse.Namespace) -> Iterable[tuple[Path, list[str], str, int]]:
-    """(run, attacks, checkpoint, points) of every evaluation; what is wanted most comes first.
+def attacks(options: argparse.Namespace) -> Iterable[tuple[Path, list[str], list[str], int]]:
+    """(run, attacks, checkpoints, points) of every evaluation; what is wanted most comes first.
 
     APGD on the last checkpoint of every run; of the first seeds AutoAttack on the finalists' and APGD on the
     best checkpoints.
     """
     runs = [(name, seed, options.runs / f"{name}/seed-{seed}") for name, seed in each(options)]
-    yield from ((folder, ["none", "apgd"], "last", 10_000) for _, _, folder in runs)
+    yield from ((folder, ["none", "apgd"], ["last"], 10_000) for _, _, folder in runs)
     first = [(name, folder) for name, seed, folder in runs if seed in SEEDS]
     finalists = (folder for name, folder in first if name in FINALISTS)
-    yield from ((folder, ["autoattack"], "last", AUTOATTACK_POINTS) for folder in finalists)
-    yield from ((folder, ["none", "apgd"], "best", 10_000) for _, folder in first)
+    yield from ((folder, ["autoattack"], ["last"], AUTOATTACK_POINTS) for folder in finalists)
+    # With the last, which is read: a best checkpoint with its weights is not attacked again.
+    yield from ((folder, ["none", "apgd"], ["last", "best"], 10_000) for _, folder in first)
 
 
 def row(name: str, record: RunRecord) -> dict[str, Any]:
