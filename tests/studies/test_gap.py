@@ -138,7 +138,7 @@ EXPECTED: Mapping[str, float] = {
     "derivative": 4.0,
     "batch-size": 0.75,
     "mixed": 0.4,
-    "drift": 4.0,
+    "drift": 2.0,
     "jump": 0.6,
     "lazy": 0.5,
 }

@@ -104,9 +104,9 @@ def _draw(figure: Figure) -> Canvas:
     left = _GAP if room else _LEFT + (0.1 if several else 0)
     matrices = [panel for panel in figure.panels if isinstance(panel, MatrixPanel)]
     handles = _legend_handles(figure)
-    width = _COLUMN if columns == 1 and room < _COLUMN / 2 else _PAGE
     # All in inches, set by hand: matplotlib's own layout engines give up where a panel is small.
     right = 0.52 if matrices else max(map(_text_room, figure.panels))
+    width = _COLUMN if columns == 1 and room + right < 2 * _COLUMN / 3 else _PAGE
     panel_width = (width - right - room) / columns - left
     panel_height = (
         min(panel_width, 1.5) if matrices else max(_height(figure, panel) for panel in figure.panels)

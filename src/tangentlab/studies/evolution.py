@@ -34,6 +34,7 @@ from tangentlab.data import Augmentation, Batches
 from tangentlab.kernels import Linearized
 from tangentlab.probes import KernelProbe
 from tangentlab.records import RunRecord, read_run
+from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, build_probe
 from tangentlab.runs.evaluation import checkpoint_path, count_correct, kept_checkpoints
@@ -586,4 +587,111 @@ EFFECTS: Mapping[str, Callable[[Sequence[Values]], float | None]] = {
     "counts-repeat": _counts_repeat,
 }
 
-STUDY = Study("evolution", CLAIMS, configurations, measure, verdicts)
+# --- figures ---------------------------------------------------------------------------------------------
+
+_OF_A_KERNEL = (
+    Quantity("distance_from_first", "kernel distance from the first"),
+    Quantity("angle_velocity", "angle per epoch, rad", log=True),
+    Quantity("angle_per_learning_rate", "angle per summed learning rate, rad", log=True),
+    Quantity("entropy_rank", "entropy rank"),
+    Quantity("top_mass", "top mass", percent=True),
+    Quantity("target_alignment", "target alignment"),
+    Quantity("specialization", "specialization"),
+)
+_OF_A_LAYER = (
+    Quantity("distance", "kernel distance between clean and PGD inputs", log=True),
+    Quantity("specialization_clean", "specialization"),
+    Quantity("target_alignment_clean", "target alignment"),
+    Quantity("entropy_rank_clean", "entropy rank"),
+)
+
+
+def _kernels(key: str, title: str, where: Mapping[str, Any]) -> ValueFigure:
+    return ValueFigure(
+        key=key,
+        title=title,
+        caption="Class kernels of the probe set; a panel a schedule of the learning rate.",
+        y=_OF_A_KERNEL,
+        panels="schedule",
+        views="y",
+        where={"what": "snapshot", **where},
+    )
+
+
+FIGURES = (
+    _kernels("clean", "The kernel on clean inputs", {"data": "images", "inputs": "clean"}),
+    _kernels("pgd", "The kernel on PGD inputs", {"data": "images", "inputs": "pgd"}),
+    ValueFigure(
+        key="between",
+        title="How the kernels on clean and on PGD inputs part",
+        caption=f"Their distance, and the share of their squared difference in the clean kernel's {TOP} top "
+        "eigen-directions.",
+        y=(
+            Quantity("distance", "kernel distance"),
+            Quantity("in_top", "share of the difference in the top", percent=True),
+        ),
+        panels="schedule",
+        views="y",
+        where={"what": "snapshot", "data": "images", "inputs": BETWEEN},
+    ),
+    ValueFigure(
+        key="layers",
+        title="Layer by layer",
+        caption="Kernels of one layer's parameters on clean inputs, stepwise rate, before, in the middle and "
+        "at the end of training.",
+        y=_OF_A_LAYER,
+        x="layer",
+        panels="epoch",
+        views="y",
+        where={"what": "layer"},
+    ),
+    ValueFigure(
+        key="stages",
+        title="Are there the stages?",
+        caption="Bootstrap probability of each stage in a run's curve of the angle per summed learning rate, "
+        "clean inputs.",
+        y=(
+            Quantity("learning_probability", "probability", "a learning stage", percent=True),
+            Quantity("lazy_probability", "probability", "a lazy stage", percent=True),
+            Quantity("third_probability", "probability", "a third stage", percent=True),
+        ),
+        x="method",
+        colour="schedule",
+        panels="y",
+        where={"what": "stages", "data": "images", "inputs": "clean", "speed": SPEEDS[1]},
+    ),
+    ValueFigure(
+        key="overfitting",
+        title="Few images and many, in as many steps",
+        caption="PGD training: how far robust validation accuracy fell from its best, and the angle between "
+        "the mean kernels of the second and the last quarter.",
+        y=(
+            Quantity("robust_overfitting", "best − last robust accuracy", percent=True),
+            Quantity("moved", "angle, rad"),
+        ),
+        x="data",
+        colour="schedule",
+        panels="y",
+        where={
+            "what": "run",
+            "method": "pgd",
+            "data": ("images", "few"),
+            "schedule": ("piecewise", "constant"),
+        },
+    ),
+    ValueFigure(
+        key="carried",
+        title="What the kernel carries",
+        caption="Clean training of the zero-offset network linearised at the end of a run, stepwise rate.",
+        y=(
+            Quantity("clean", "accuracy", "clean accuracy", percent=True),
+            Quantity("robust", "accuracy", "PGD-10 accuracy", percent=True),
+        ),
+        x="method",
+        panels="y",
+        where={"what": "carried"},
+    ),
+    _kernels("table", "A table instead of images", {"data": "table", "inputs": "clean"}),
+)
+
+STUDY = Study("evolution", CLAIMS, configurations, measure, verdicts, FIGURES)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import log2
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +33,7 @@ from tangentlab.kernels import kernel_gap, pullback, sgd_change, tangent_change
 from tangentlab.probes import OutputChange, adversarial_change, drift_only, output_change
 from tangentlab.records import read_run
 from tangentlab.report.subject import Subject
+from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.again import LossTerm, Repeated, train_again
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, resolve_device
@@ -54,7 +56,8 @@ _SETTINGS = [
     "--training.batch_size=64",
     "--training.schedule=piecewise",
     "--training.keep_every=1",
-    "--probe.every=1",
+    "--probe.every=0.25",  # stages are looked for in the curve
+    "--probe.size=40",
     "--evaluation.every=5",
     "--evaluation.num_steps=10",
     "--evaluation.test_num_steps=10",
@@ -103,8 +106,9 @@ DRIFT = Claim(
     "gap/drift",
     "Left out, the drift of the running statistics makes the prediction of a step of PGD training more than "
     "2 times as wrong.",
-    "ratio of the relative errors without and with it, clean inputs, mean over the checkpoints of training",
-    2.0,
+    "log₂ of the ratio of the relative errors without and with it, clean inputs, mean over the checkpoints "
+    "of training",
+    1.0,
 )
 JUMP = Claim(
     "gap/jump",
@@ -185,9 +189,11 @@ def judged(values: Sequence[Mapping[str, Any]], setting: str) -> list[Verdict]:
         ),
         (
             DRIFT,
-            lambda pgd: (
-                _mean(pgd, f"{one}/clean/no_drift/relative_error")
-                / _mean(pgd, f"{one}/clean/settled/relative_error")
+            lambda pgd: fmean(
+                log2(
+                    line[f"{one}/clean/no_drift/relative_error"] / line[f"{one}/clean/settled/relative_error"]
+                )
+                for line in _trained(pgd)
             ),
             ["pgd"],
         ),
@@ -197,12 +203,115 @@ def judged(values: Sequence[Mapping[str, Any]], setting: str) -> list[Verdict]:
     return [judge(claim, setting, effects(effect, methods)) for claim, effect, methods in found]
 
 
+_ERROR_LABEL = "relative error"
+_PREDICTIONS = ("no_drift", "tangent", "settled", "frozen", "running")
+FIGURES = (
+    ValueFigure(
+        key="error",
+        title="How far the computed kernel is from the one that training follows",
+        caption="‖Θ − Θ_running‖/‖Θ‖ with Θ the batch or the mixed kernel, in float64 on the same rows of a "
+        "batch of training examples, clean or crafted by PGD-10.",
+        y=tuple(
+            Quantity(
+                f"gap/{inputs}/{kernel}/relative_error", _ERROR_LABEL, f"{kernel}, {inputs} inputs", log=True
+            )
+            for kernel in ("batch", "mixed")
+            for inputs in ("clean", "pgd")
+        ),
+        panels="y",
+    ),
+    ValueFigure(
+        key="parts",
+        title="What makes the mixed kernel's gap",
+        caption="The part from the values of the statistics and the part from the derivative through them, "
+        "relative to the mixed kernel, on PGD inputs.",
+        y=tuple(
+            Quantity(f"gap/pgd/mixed/{part}", "relative size", part, log=True)
+            for part in ("values", "derivative")
+        ),
+        colour="y",
+        panels="method",
+    ),
+    ValueFigure(
+        key="batch-size",
+        title="Only the part from the values vanishes in large batches",
+        caption="Both parts on the same clean rows in batches of two sizes, at the last checkpoint.",
+        y=tuple(
+            Quantity(f"scale/{size}/{part}", "relative size", f"{part}, batches of {size}", log=True)
+            for part in ("values", "derivative")
+            for size in BATCH_SIZES
+        ),
+        x="method",
+        colour="y",
+    ),
+    ValueFigure(
+        key="step",
+        title="One step of training, predicted",
+        caption="Relative error of the predicted change of the outputs on clean validation examples in "
+        "evaluation mode: J Δθ alone (no_drift), with the buffers' drift to first order (tangent) or in full "
+        "(settled), and with the Δθ that the kernel of the checkpoint gives, with statistics of the batch "
+        "(frozen) or running ones (running).",
+        y=tuple(
+            Quantity(f"change/1/evaluation/clean/{name}/relative_error", _ERROR_LABEL, name, log=True)
+            for name in _PREDICTIONS
+        ),
+        colour="y",
+        panels="method",
+    ),
+    ValueFigure(
+        key="steps",
+        title="How long the kernel predicts training",
+        caption="Cosine between the change of the outputs on PGD inputs, normalized as one batch, and what "
+        "the frozen kernel says of it.",
+        y=tuple(
+            Quantity(
+                f"change/{steps}/batch/pgd/frozen/cosine",
+                "cosine",
+                "1 step" if steps == 1 else f"{steps} steps",
+            )
+            for steps in STEPS
+        ),
+        panels="y",
+    ),
+    ValueFigure(
+        key="jump",
+        title="The perturbation's own jump",
+        caption="‖f₊(x*₊) − f₊(x*)‖/‖f₊(x*) − f(x*)‖ on validation examples: what no kernel explains of the "
+        "change on adversarial inputs, against what it may.",
+        y=tuple(
+            Quantity(
+                f"change/{steps}/evaluation/pgd/jump",
+                "jump over change",
+                "1 step" if steps == 1 else f"{steps} steps",
+                log=True,
+            )
+            for steps in STEPS
+        ),
+        panels="y",
+    ),
+    ValueFigure(
+        key="stages",
+        title="By the stage of training",
+        caption="Checkpoints by the stage that the run's own probe was in; unclear where it found none.",
+        y=(
+            Quantity("gap/pgd/batch/relative_error", "gap, relative error on PGD inputs", log=True),
+            Quantity(
+                f"change/{STEPS[-1]}/batch/pgd/frozen/cosine", f"cosine of {STEPS[-1]} steps, predicted"
+            ),
+            Quantity("change/1/evaluation/pgd/jump", "jump over change, 1 step", log=True),
+        ),
+        x="stage",
+        panels="y",
+    ),
+)
+
 STUDY = Study(
     "gap",
     (ERROR, ADVERSARIAL, DERIVATIVE, BATCH_SIZE, MIXED, DRIFT, JUMP, LAZY),
     runs,
     measure,
     judged,
+    FIGURES,
 )
 
 

@@ -37,6 +37,7 @@ from torch import nn
 from tangentlab import modes, randomness
 from tangentlab.attacks import Attack
 from tangentlab.data import Split
+from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import checkpoint_path, count_correct
@@ -417,4 +418,74 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
     return found
 
 
-STUDY = Study("normalization", tuple(EFFECTS), runs, measure, judged)
+ACCURACIES = (
+    Quantity("clean_accuracy", "clean accuracy", percent=True),
+    Quantity("robust_accuracy", "robust accuracy", percent=True),
+)
+FIGURES = (
+    ValueFigure(
+        key="statistics",
+        title="Whose statistics the network normalizes with",
+        caption="Running statistics as trained, and those of clean inputs, crafted inputs or both, over the "
+        f"population. Robust accuracy is PGD-{STEPS}'s.",
+        y=ACCURACIES,
+        x="statistics",
+        panels="y",
+        where={"batch_size": None, "variance": (None, "unbiased"), "variant": ALL},
+    ),
+    ValueFigure(
+        key="current-batch",
+        title="Normalized by the current batch",
+        caption="By the statistics of the batch's clean inputs, held (clean-batch), or of what is fed, with "
+        "the attack through them or with them held, whichever leaves fewer correct (batch).",
+        y=ACCURACIES,
+        x="batch_size",
+        panels="y",
+        views="statistics",
+        where={"statistics": ("clean-batch", "batch"), "variance": "biased"},
+    ),
+    ValueFigure(
+        key="variance",
+        title="Biased and unbiased variances",
+        caption="Statistics of clean inputs, averaged over batches of each size.",
+        y=ACCURACIES,
+        x="batch_size",
+        colour="variance",
+        panels="y",
+        views="method",
+        where={"statistics": "clean", "momentum": 0.0},
+    ),
+    ValueFigure(
+        key="momentum",
+        title="Momentum of the averages",
+        caption="Statistics of clean inputs, unbiased variances: the plain average (0), an exponential one, "
+        "and the last batch's alone (1).",
+        y=ACCURACIES,
+        x="momentum",
+        colour="batch_size",
+        panels="y",
+        views="method",
+        where={"statistics": "clean", "variance": "unbiased", "momentum": (0.0, 0.1, 1.0)},
+    ),
+    ValueFigure(
+        key="training",
+        title="PGD training with other normalizations",
+        caption="Evaluated as trained. Above: BatchNorm's settings in a training step; then half the loss on "
+        "clean inputs, other layers, and other scales of the inputs.",
+        y=ACCURACIES,
+        x="variant",
+        panels="y",
+        where={"statistics": "trained", "branch": None, "method": "pgd"},
+    ),
+    ValueFigure(
+        key="dual",
+        title="The two branches of dual BatchNorm",
+        caption="At test time all inputs go through one branch; the attack too.",
+        y=ACCURACIES,
+        x="branch",
+        panels="y",
+        where={"variant": "dual"},
+    ),
+)
+
+STUDY = Study("normalization", tuple(EFFECTS), runs, measure, judged, FIGURES)
