@@ -10,21 +10,17 @@ stream past them, and the products add up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from tangentlab.errors import KernelError
-from tangentlab.kernels.inputs import Inputs, cotangents, count, outputs, select, tensors
-from tangentlab.kernels.memory import Saved
+from tangentlab.kernels.inputs import Inputs, cotangents
 from tangentlab.kernels.products import chunks
 from tangentlab.kernels.reproducible import reproducible, require_statistics
-from tangentlab.modes import batchnorm
+from tangentlab.kernels.sides import Side
 
 # The part of the bound that the count may fill; the rest is for what allocators and BLAS keep aside, and for
 # the holes that many backwards leave in the heap.
@@ -131,7 +127,7 @@ def batch_ntk(
     for side in (left, right):
         if side is not None:
             with side.mode():
-                reproducible(model, side.parts[0])
+                reproducible(model, next(side.parts()))
     sets = cotangents(kind, plan.classes, left.dtype, left.device)
     n, m, rows = left.n, (right or left).n, sets.shape[1]
     K = torch.zeros(
@@ -169,52 +165,17 @@ def batch_plan(
     return _planned(*_sides(model, x, x2, mixed), kind, limit, dtype)
 
 
-class _Side:
-    """The rows of J of one side's examples.
+def _gradients(side: Side, group: Sequence[Piece], sets: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
+    """Σ_c v_c ∂F_ic/∂θ for every parameter of the group: set by set, then example by example, then v.
 
-    Attributes:
-        parts: what is run at once: the whole batch, or every example on its own.
+    To be consumed inside ``side.mode()``: a checkpointed module runs again in its backward.
     """
-
-    def __init__(self, model: nn.Module, x: Inputs, batch: bool) -> None:
-        self.model, self.batch, self.n = model, batch, count(x)
-        self.parts = [x] if batch else [select(x, slice(i, i + 1)) for i in range(self.n)]
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        first = next(iter(self.parameters.values()))
-        self.device, self.dtype = first.device, first.dtype
-
-    def mode(self) -> AbstractContextManager[None]:
-        return batchnorm(self.model, statistics="batch") if self.batch else nullcontext()
-
-    def outputs(self, part: Inputs) -> Tensor:
-        """The model's outputs with their graph, in the mode that the model is in."""
-        try:
-            with torch.enable_grad():
-                return outputs(self.model, part)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise KernelError(
-                f"a batch of {self.n} is too small for the batch statistics of this model: "
-                "a BatchNorm gets only one value per channel"
-            ) from error
-
-    @cached_property
-    def whole(self) -> Tensor:
-        """The batch's outputs, their graph kept for all passes. That of an example alone is made every time:
-        little beside a backward of the other side's batch.
-        """
-        return self.outputs(self.parts[0])
-
-    def gradients(self, group: Sequence[Piece], sets: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
-        """Σ_c v_c ∂F_ic/∂θ for every parameter of the group: set by set, then example by example, then v.
-
-        To be consumed inside ``mode()``: a checkpointed module runs again in its backward.
-        """
-        targets = [self.parameters[piece.name] for piece in group]
-        for rows in sets:
-            for part in self.parts:
-                yield from _rows(self.whole if self.batch else self.outputs(part), targets, rows)
+    targets = [side.parameters[piece.name] for piece in group]
+    for rows in sets:
+        # The batch's graph is kept for all passes. That of an example alone is made every time: little
+        # beside a backward of the other side's batch.
+        for part in side.parts():
+            yield from _rows(side.whole if side.batch else side.outputs(part), targets, rows)
 
 
 def _rows(F: Tensor, targets: Sequence[Tensor], rows: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
@@ -228,20 +189,20 @@ def _rows(F: Tensor, targets: Sequence[Tensor], rows: Tensor) -> Iterator[tuple[
             yield torch.autograd.grad(F, targets, seed, retain_graph=True, allow_unused=True)
 
 
-def _sides(model: nn.Module, x: Inputs, x2: Inputs | None, mixed: bool) -> tuple[_Side, _Side | None]:
+def _sides(model: nn.Module, x: Inputs, x2: Inputs | None, mixed: bool) -> tuple[Side, Side | None]:
     if not mixed:
-        return _Side(model, x, True), None if x2 is None else _Side(model, x2, True)
+        return Side(model, x, True), None if x2 is None else Side(model, x2, True)
     require_statistics(model, "the mixed kernel")
-    return _Side(model, x, False), _Side(model, x if x2 is None else x2, True)
+    return Side(model, x, False), Side(model, x if x2 is None else x2, True)
 
 
 def _fill_symmetric(
-    K: Tensor, side: _Side, sets: Tensor, plan: BatchPlan, advance: Callable[[], None]
+    K: Tensor, side: Side, sets: Tensor, plan: BatchPlan, advance: Callable[[], None]
 ) -> None:
     """Add J Jᵀ to K[k] for each of the sets of cotangents; each set has its slot k, or all share one."""
     for group, (rows, _) in zip(plan.groups, _buffers(plan, K), strict=True):
         with side.mode():
-            gradients = side.gradients(group, sets)
+            gradients = _gradients(side, group, sets)
             for k in range(len(sets)):
                 _write(rows, group, gradients, advance)
                 for block in _row_blocks(len(rows)):
@@ -251,14 +212,14 @@ def _fill_symmetric(
 
 
 def _fill(
-    K: Tensor, left: _Side, right: _Side, sets: Tensor, plan: BatchPlan, advance: Callable[[], None]
+    K: Tensor, left: Side, right: Side, sets: Tensor, plan: BatchPlan, advance: Callable[[], None]
 ) -> None:
     """Add J(x) J(x2)ᵀ to K[k] likewise."""
     held, streamed = (right, left) if plan.holds_x2 else (left, right)
     # Row blocks of K, or of its transpose, are the streaming side's.
     into = K if plan.holds_x2 else K.mT
     for group, (rows, block) in zip(plan.groups, _buffers(plan, K), strict=True):
-        first, second = (side.gradients(group, sets) for side in (held, streamed))
+        first, second = (_gradients(side, group, sets) for side in (held, streamed))
         for k in range(len(sets)):
             with held.mode():
                 _write(rows, group, first, advance)
@@ -306,9 +267,10 @@ def _by_examples(K: Tensor, n: int, m: int, classes: int) -> Tensor:
     return K.view(n, m, classes, classes)
 
 
-def _planned(left: _Side, right: _Side | None, kind: str, limit: int, dtype: torch.dtype) -> BatchPlan:
-    weights = [_weigh(side) for side in (left, right) if side is not None]
-    classes = weights[0].classes
+def _planned(left: Side, right: Side | None, kind: str, limit: int, dtype: torch.dtype) -> BatchPlan:
+    sides = [side for side in (left, right) if side is not None]
+    weights = [side.weighed.at(side.n if side.batch else 1) for side in sides]
+    classes = left.weighed.classes
     sets, rows, _ = cotangents(kind, classes, dtype, torch.device("cpu")).shape
     n, m = left.n * rows, (right or left).n * rows
     holds_x2 = m <= n
@@ -365,78 +327,6 @@ def _groups(sizes: Sequence[tuple[str, int]], columns: int) -> tuple[tuple[Piece
             offset += size
         groups.append(tuple(pieces))
     return tuple(groups)
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """C, and bytes: of a side's graph, and of the transients of its backward."""
-
-    classes: int
-    graph: int
-    transients: int
-
-
-def _weigh(side: _Side) -> _Weight:
-    """By the storages that forwards of two and three examples save, each extrapolated to the batch."""
-    part = side.parts[0]
-    n = count(part)
-    with side.mode():
-        measured = [
-            _measured(side, select(part, slice(size))) for size in dict.fromkeys((min(n, 2), min(n, 3)))
-        ]
-    output, last = measured[-1].output, min(n, 3)
-    saved, unfolded = (
-        _extrapolated(getattr(measured[0], name), getattr(measured[-1], name), last, n)
-        for name in ("saved", "unfolded")
-    )
-    given = sum(tensor.nbytes for tensor in tensors(part).values())
-    # As transients a few of the largest activation, and the unfolded input of a convolution: CPU kernels
-    # without oneDNN unfold the whole batch.
-    transients = 4 * max(saved, default=0) + max(unfolded, default=0)
-    ends = 4 * n * output.shape[1] * output.element_size()
-    return _Weight(output.shape[1], sum(saved) + given, transients + ends)
-
-
-class _Measured(NamedTuple):
-    """Outputs; bytes of each storage that their graph saves, and of each convolution's unfolded input."""
-
-    output: Tensor
-    saved: list[int]
-    unfolded: list[int]
-
-
-def _measured(side: _Side, part: Inputs) -> _Measured:
-    saved = Saved(side.model)
-    unfolded: list[int] = []
-
-    def unfold(module: _ConvNd, _args: object, output: object) -> None:
-        if isinstance(output, Tensor):
-            unfolded.append(output[:, 0].numel() * module.weight[0].numel() * output.element_size())
-
-    handles = [
-        module.register_forward_hook(unfold) for module in side.model.modules() if isinstance(module, _ConvNd)
-    ]
-    before = {name: (p.data_ptr(), p._version) for name, p in side.parameters.items()}
-    try:
-        with saved.recording():
-            output = side.outputs(part).detach()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, p in side.parameters.items():
-        if (p.data_ptr(), p._version) != before[name]:
-            raise KernelError(
-                f"parameter {name!r} is changed by the model's forward: "
-                "the outputs are no function of it with a kernel"
-            )
-    return _Measured(output, saved.sizes(), unfolded)
-
-
-def _extrapolated(first: list[int], second: list[int], last: int, n: int) -> list[int]:
-    """Sizes for n examples from those for one example fewer than ``last`` and for ``last``."""
-    if len(first) != len(second):  # control flow that depends on the data
-        return [size * n // last for size in second]
-    return [size + max(size - before, 0) * (n - last) for before, size in zip(first, second, strict=True)]
 
 
 def _row_blocks(rows: int) -> Iterator[slice]:

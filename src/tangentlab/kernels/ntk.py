@@ -24,7 +24,7 @@ from tangentlab.kernels.batch import BatchPlan, batch_ntk, batch_plan
 from tangentlab.kernels.blocks import Block, Tile, in_turn
 from tangentlab.kernels.costs import Costs, table
 from tangentlab.kernels.costs import measured as measured_costs
-from tangentlab.kernels.inputs import Inputs, count, joined, mapped, select
+from tangentlab.kernels.inputs import Inputs, count, joined, moved, select
 from tangentlab.kernels.memory import bytes_of
 from tangentlab.kernels.planning import Plan, settle
 from tangentlab.kernels.products import PRODUCTS, mirrored, precision
@@ -41,8 +41,8 @@ from tangentlab.kernels.structure import (
     taped,
     trained,
 )
+from tangentlab.kernels.undisturbed import undisturbed
 from tangentlab.kernels.verification import Disproved, Verifier
-from tangentlab.modes import evaluation, preserved
 from tangentlab.randomness import generator
 
 _Result = TypeVar("_Result")
@@ -117,8 +117,8 @@ def ntk(
         raise ConfigError(
             f"plan is a {type(plan).__name__}; give what kernels.plan returned for batchnorm='running'"
         )
-    with _undisturbed(model, parameter.device):
-        x, x2 = _moved(x, x2, parameter.device)
+    with undisturbed(model, parameter.device):
+        x, x2 = moved(x, parameter.device), None if x2 is None else moved(x2, parameter.device)
         if batchnorm != "running":
             if plan is not None or products is not None:
                 raise ConfigError("plan and products are for batchnorm='running'")
@@ -166,8 +166,8 @@ def plan(
         As :func:`ntk`.
     """
     parameter, dtype, limit = _checked(model, x, x2, kind, batchnorm, memory, dtype, products)
-    with _undisturbed(model, parameter.device):
-        x, x2 = _moved(x, x2, parameter.device)
+    with undisturbed(model, parameter.device):
+        x, x2 = moved(x, parameter.device), None if x2 is None else moved(x2, parameter.device)
         if batchnorm != "running":
             return batch_plan(model, x, x2, kind=kind, mixed=batchnorm != "batch", limit=limit, dtype=dtype)
         request = _Request(model, x, x2, kind, dtype, products, limit)
@@ -213,13 +213,6 @@ def _checked(
     if reason is not None:
         raise KernelError(reason)
     return parameter, dtype, limit
-
-
-def _moved(x: Inputs, x2: Inputs | None, device: torch.device) -> tuple[Inputs, Inputs | None]:
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(device)
-
-    return mapped(x, moved), None if x2 is None else mapped(x2, moved)
 
 
 class _Request:
@@ -397,39 +390,6 @@ def _summed(found: list[Block], tile: Tile, cotangents: Tensor, products: str | 
 
     in_turn(found, tile.tape, cotangents, add)
     return total[0] if total else None
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode with gradients, whatever the caller is inside; all as it was at the end.
-
-    Also what modules store on themselves in their forward: a replay would leave dead tensors there.
-    """
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    collections = [
-        (value, value.copy())
-        for _, stored in attributes
-        for value in stored.values()
-        if type(value) in (list, dict)
-    ]
-    cuda = [device] if device.type == "cuda" else []
-    with (
-        torch.inference_mode(False),
-        torch.autocast(device.type, enabled=False),
-        torch.random.fork_rng(cuda),
-        preserved(model),
-        evaluation(model),
-        precision(),
-    ):
-        try:
-            yield
-        finally:
-            for module, stored in attributes:
-                vars(module).clear()
-                vars(module).update(stored)
-            for value, before in collections:
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(before)
 
 
 @contextmanager
