@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tangentlab import attacks, metrics, modes, training
-    from tangentlab.kernels import ntk
+    from tangentlab.kernels import NTKOperator, ntk
     from tangentlab.probes import KernelProbe
     from tangentlab.randomness import generator
     from tangentlab.records import Measurement, Run, RunRecord, read_run
@@ -26,6 +26,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "metrics": ("metrics", None),
     "modes": ("modes", None),
     "ntk": ("kernels", "ntk"),
+    "NTKOperator": ("kernels", "NTKOperator"),
     "KernelProbe": ("probes", "KernelProbe"),
     "generator": ("randomness", "generator"),
     "Measurement": ("records", "Measurement"),
@@ -44,6 +45,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
 __all__ = [
     "KernelProbe",
     "Measurement",
+    "NTKOperator",
     "Run",
     "RunConfig",
     "RunRecord",

@@ -52,7 +52,7 @@ def joined(x: Inputs, x2: Inputs) -> Inputs:
     return mapped(x, lambda value: torch.cat([value, next(others)]))
 
 
-def apply(model: nn.Module, x: Inputs) -> Any:
+def apply(model: Callable[..., Any], x: Inputs) -> Any:
     """``model(x)``, ``model(*x)`` or ``model(**x)``, on copies: the model may change its inputs in place."""
     x = mapped(x, torch.clone)
     if isinstance(x, Tensor):

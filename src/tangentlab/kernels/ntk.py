@@ -112,7 +112,7 @@ def ntk(
         tensor([[2., 2.],
                 [2., 6.]])
     """
-    parameter, dtype, limit = _checked(model, x, x2, kind, batchnorm, memory, dtype, products)
+    parameter, dtype, limit = checked(model, x, x2, kind, batchnorm, memory, dtype, products)
     if plan is not None and not isinstance(plan, Plan):
         raise ConfigError(
             f"plan is a {type(plan).__name__}; give what kernels.plan returned for batchnorm='running'"
@@ -165,7 +165,7 @@ def plan(
     Raises:
         As :func:`ntk`.
     """
-    parameter, dtype, limit = _checked(model, x, x2, kind, batchnorm, memory, dtype, products)
+    parameter, dtype, limit = checked(model, x, x2, kind, batchnorm, memory, dtype, products)
     with undisturbed(model, parameter.device):
         x, x2 = moved(x, parameter.device), None if x2 is None else moved(x2, parameter.device)
         if batchnorm != "running":
@@ -175,7 +175,7 @@ def plan(
         return request.retried(lambda: request.plan(costs))
 
 
-def _checked(
+def checked(
     model: nn.Module,
     x: Inputs,
     x2: Inputs | None,
@@ -185,7 +185,11 @@ def _checked(
     dtype: torch.dtype | None,
     products: str | None,
 ) -> tuple[nn.Parameter, torch.dtype, int]:
-    """The first trained parameter, the dtype of the sums and the bytes allowed, all arguments in range."""
+    """The first trained parameter, the dtype of the sums and the bytes allowed, all arguments in range.
+
+    Raises:
+        ConfigError, KernelError: as :func:`ntk`.
+    """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; give an nn.Module")
     if kind not in KINDS:

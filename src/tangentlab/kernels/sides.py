@@ -82,6 +82,11 @@ class Weight:
     graph: int
     transients: int
 
+    @property
+    def total(self) -> int:
+        """At the peak."""
+        return self.graph + self.transients
+
 
 class _Measured(NamedTuple):
     """Of a forward: the outputs; bytes of the inputs, of each storage that the graph saves, and of each
