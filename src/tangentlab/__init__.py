@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tangentlab import attacks, metrics, modes, training
     from tangentlab.kernels import NTKOperator, ntk
+    from tangentlab.metrics import top_eigenpairs
     from tangentlab.probes import KernelProbe
     from tangentlab.randomness import generator
     from tangentlab.records import Measurement, Run, RunRecord, read_run
@@ -27,6 +28,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "modes": ("modes", None),
     "ntk": ("kernels", "ntk"),
     "NTKOperator": ("kernels", "NTKOperator"),
+    "top_eigenpairs": ("metrics", "top_eigenpairs"),
     "KernelProbe": ("probes", "KernelProbe"),
     "generator": ("randomness", "generator"),
     "Measurement": ("records", "Measurement"),
@@ -58,6 +60,7 @@ __all__ = [
     "modes",
     "ntk",
     "read_run",
+    "top_eigenpairs",
     "train",
     "train_many",
     "training",

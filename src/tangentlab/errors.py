@@ -54,6 +54,10 @@ class OtherProcessError(TangentlabError):
     """Another process of the same run cannot begin, or is lost."""
 
 
+class ConvergenceWarning(UserWarning):
+    """A result did not reach the tolerance in the products it was given."""
+
+
 def unknown_choice(what: str, value: object, choices: Iterable[str]) -> str:
     """One line for an unknown name: echoes it, suggests the nearest, lists the choices.
 

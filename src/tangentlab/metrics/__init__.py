@@ -3,7 +3,7 @@
 Kernel metrics take kernels [..., n, m], act on the last two axes and return float64 [...], computed in
 float64 whatever comes in. A metric of class kernels [C, n, n] is thus taken per class; averaging is up to the
 caller. :func:`distance_matrix` and :func:`kernel_velocity`, whose leading axis is time, average over classes
-themselves.
+themselves. ``estimate_…`` and :func:`top_eigenpairs` take operators, of which only products are asked.
 """
 
 from tangentlab.metrics.alignment import centered_alignment, kernel_target_alignment
@@ -15,7 +15,15 @@ from tangentlab.metrics.distance import (
     kernel_distance,
     kernel_velocity,
 )
+from tangentlab.metrics.estimates import (
+    Estimate,
+    SpectrumEstimate,
+    estimate_distance,
+    estimate_spectrum,
+    estimate_trace,
+)
 from tangentlab.metrics.intervals import Interval, mean_interval, wilson_interval
+from tangentlab.metrics.lanczos import Eigenpairs, top_eigenpairs
 from tangentlab.metrics.overfitting import (
     PARTING_DISTANCE,
     Collapse,
@@ -38,9 +46,12 @@ from tangentlab.metrics.stages import Stages, find_stages
 __all__ = [
     "PARTING_DISTANCE",
     "Collapse",
+    "Eigenpairs",
+    "Estimate",
     "Interval",
     "NegativeEigenvalueWarning",
     "Spectrum",
+    "SpectrumEstimate",
     "Stages",
     "Velocity",
     "catastrophic_overfitting",
@@ -49,6 +60,9 @@ __all__ = [
     "distance_matrix",
     "eigenvalues",
     "entropy_rank",
+    "estimate_distance",
+    "estimate_spectrum",
+    "estimate_trace",
     "find_stages",
     "intrinsic_dimension",
     "kernel_angle",
@@ -61,6 +75,7 @@ __all__ = [
     "parting_epoch",
     "specialization_score",
     "spectrum",
+    "top_eigenpairs",
     "top_mass",
     "wilson_interval",
 ]
