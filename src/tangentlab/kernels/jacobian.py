@@ -124,7 +124,7 @@ class Jacobian:
             yield from made
             return
         model = self.side.model
-        state = [(id(t), t._version) for t in (*model.parameters(), *model.buffers())]
+        state = [(t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers())]
         if state != self._state:
             self.forget()
             self._graphs, self._state = list(made), state

@@ -208,8 +208,10 @@ def _distance(sums: Tensor) -> Tensor:
 
 
 def _quadrature(op: Operator, start: Tensor, against: Tensor, scale: float) -> tuple[Tensor, int]:
-    """zᵀf(A/scale)z for the f of :func:`_powers`, z the unit vector along ``start`` in the complement, and the
-    number of products."""
+    """zᵀf(A/scale)z for the f of :func:`_powers`, z the unit vector along ``start`` in the complement.
+
+    And the products made.
+    """
     space = Krylov(op, start, against)
     sums = torch.zeros(3, dtype=torch.float64)
     while space.grow():
