@@ -5,6 +5,7 @@ from tangentlab.kernels.linearized import Linearized
 from tangentlab.kernels.ntk import ntk, plan
 from tangentlab.kernels.operator import NTKOperator
 from tangentlab.kernels.regression import Regression, kernel_regression
+from tangentlab.kernels.sketch import sketched_ntk
 from tangentlab.kernels.tangent import pullback, sgd_change, tangent_change
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "plan",
     "pullback",
     "sgd_change",
+    "sketched_ntk",
     "tangent_change",
 ]

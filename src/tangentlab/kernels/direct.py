@@ -43,14 +43,14 @@ class Direct:
         return list(tape.uses[id(self.parameter)])
 
     def gradient(self, tape: Tape, dtype: torch.dtype) -> Tensor | None:
-        live = self._live(tape)
+        live = self.live(tape)
         return self._total(live, len(tape), slice(0, len(tape)), dtype) if live else None
 
     def gram(self, tile: Tile) -> Tensor | None:
-        live = self._live(tile.tape)
+        live = self.live(tile.tape)
         if not live:
             return None
-        weights = self._weights(live)
+        weights = self.positions(live)
         if self.route == "explicit" or weights is None:
             return self._explicit(tile, live)
         if self.route not in ("ghost", "mixed"):
@@ -58,10 +58,11 @@ class Direct:
         A = self._inner(tile, weights)
         return self._ghost(tile, weights, A) if self.route == "ghost" else self._mixed(tile, weights, A)
 
-    def _live(self, tape: Tape) -> list[Use]:
+    def live(self, tape: Tape) -> list[Use]:
+        """The uses that the outputs depend on."""
         return [use for use in tape.uses[id(self.parameter)] if use.delta is not None]
 
-    def _weights(self, live: list[Use]) -> list[Positional] | None:
+    def positions(self, live: list[Use]) -> list[Positional] | None:
         """The uses if they are positions of one kind, to be joined; else None."""
         weights = [use for use in live if isinstance(use, Positional) and use.positional]
         if len(weights) < len(live) or any(use.roles.get("weight") is not self.parameter for use in weights):
@@ -224,10 +225,10 @@ class Direct:
         return max(1, sum(use.transient("weight", n) for use in uses))
 
     def options(self, tape: Tape, shape: Shape) -> list[Option]:
-        live = [use for use in self._live(tape) if use.delta is not None and use.delta.numel()]
+        live = [use for use in self.live(tape) if use.delta is not None and use.delta.numel()]
         if not live:
             return []
-        weights = self._weights(live)
+        weights = self.positions(live)
         if weights is None:
             return [self._whole(live, shape)]
         n, costs = shape.examples, shape.costs

@@ -9,7 +9,6 @@ route is found by ⟨u, J w⟩ = ⟨Jᵀu, w⟩ on a few of the examples, with a
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tangentlab.errors import KernelError
 from tangentlab.kernels.alone import dot
 from tangentlab.kernels.inputs import Inputs, apply, count, select
-from tangentlab.kernels.products import chunks
+from tangentlab.kernels.products import chunks, most
 from tangentlab.kernels.reproducible import coarsest
 from tangentlab.kernels.sides import Side
 from tangentlab.kernels.sites import dense
@@ -79,7 +78,7 @@ class Jacobian:
         elif self._kept:
             self._size = max(1, side.n * _PART // max(whole.graph, _PART))
         else:  # half for the graph, half for more vectors at once
-            self._size = _most(lambda n: side.weighed.at(n).total <= room / 2, side.n)
+            self._size = most(lambda n: side.weighed.at(n).total <= room / 2, side.n)
         needed = (whole if self._kept else side.weighed.at(self._size)).total
         if needed > room:
             least = math.ceil((needed + 3 * vector) / _COUNTED / 2**20)
@@ -129,15 +128,6 @@ class Jacobian:
             self.forget()
             self._graphs, self._state = list(made), state
         yield from self._graphs
-
-
-def _most(fits: Callable[[int], bool], n: int) -> int:
-    """The largest number of 1 … n that fits, or 1.
-
-    >>> _most(lambda k: k <= 5, 8)
-    5
-    """
-    return max(1, bisect_left(range(1, n + 1), True, key=lambda k: not fits(k)))
 
 
 def _added(total: Vector | None, gradients: Iterator[Tensor | None], parameters: Sequence[Tensor]) -> Vector:

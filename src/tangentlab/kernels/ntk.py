@@ -137,7 +137,7 @@ def ntk(
                     plan=batched,
                 )
         else:
-            request = _Request(model, x, x2, kind, dtype, products, limit if plan is None else plan.limit)
+            request = Request(model, x, x2, kind, dtype, products, limit if plan is None else plan.limit)
             result = request.retried(lambda: request.kernel(plan, check=check, progress=progress))
     bad = _not_finite(result)
     if bad:
@@ -170,7 +170,7 @@ def plan(
         x, x2 = moved(x, parameter.device), None if x2 is None else moved(x2, parameter.device)
         if batchnorm != "running":
             return batch_plan(model, x, x2, kind=kind, mixed=batchnorm != "batch", limit=limit, dtype=dtype)
-        request = _Request(model, x, x2, kind, dtype, products, limit)
+        request = Request(model, x, x2, kind, dtype, products, limit)
         costs = (measured_costs if measured else table)(parameter.device)
         return request.retried(lambda: request.plan(costs))
 
@@ -219,7 +219,7 @@ def checked(
     return parameter, dtype, limit
 
 
-class _Request:
+class Request:
     """One kernel with running statistics: the model in evaluation mode and what is asked of it."""
 
     def __init__(
@@ -232,7 +232,7 @@ class _Request:
         products: str | None,
         limit: int,
     ) -> None:
-        self._model, self._x, self._x2 = model, x, x2
+        self.model, self._x, self._x2 = model, x, x2
         self._kind, self._dtype, self._products, self._limit = kind, dtype, products, limit
         self._pair = pair(x, x2)
         self._signature = signature_of(model, x)  # before a forward changes what the modules store
@@ -246,38 +246,38 @@ class _Request:
             try:
                 return work()
             except Changed as change:
-                promoted(self._model, self._pair, self._elements, change.faults)
+                promoted(self.model, self._pair, self._elements, change.faults)
             except Disproved:
                 # The structure may have been found on examples that show too little: once more, on these.
                 if fresh:
                     raise
-                forget(self._model)
+                forget(self.model)
                 fresh = True
 
     def structure(self) -> Structure:
         """Through what the parameters act."""
-        return structure_of(self._model, self._signature, self._pair, self._elements)
+        return structure_of(self.model, self._signature, self._pair, self._elements)
 
     @cached_property
     def _cotangents(self) -> Tensor:
         """[sets, R, C]; after the structure, which makes sure that a forward does no harm."""
         with torch.enable_grad():  # without it some modules take another path
-            classes = inputs.outputs(self._model, select(self._x, slice(0, 1))).shape[1]
-        p = next(iter(trained(self._model).values()))
+            classes = inputs.outputs(self.model, select(self._x, slice(0, 1))).shape[1]
+        p = next(iter(trained(self.model).values()))
         return inputs.cotangents(self._kind, classes, p.dtype, p.device)
 
     def plan(self, costs: Costs) -> Plan:
         """The plan by these costs; kept as long as the structure holds, for probes ask again and again."""
         structure = self.structure()
-        held, plans = _planned.get(self._model, (None, {}))
+        held, plans = _planned.get(self.model, (None, {}))
         if held is not structure or len(plans) > _MOST_PLANS:
             plans = {}
-            _planned[self._model] = (structure, plans)
+            _planned[self.model] = (structure, plans)
         sizes = (count(self._x), None if self._x2 is None else count(self._x2))
         key = (sizes, self._kind, self._dtype, self._products, self._limit, costs)
         if key not in plans:
             plans[key] = settle(
-                self._model,
+                self.model,
                 structure,
                 self._x,
                 sizes,
@@ -298,7 +298,7 @@ class _Request:
             ConfigError: the plan was made for another kernel.
             Changed: a parameter acts otherwise than it was thought to.
         """
-        model, structure = self._model, self.structure()
+        model, structure = self.model, self.structure()
         device = next(iter(trained(model).values())).device
         plan = self.plan(table(device)) if given is None else given
         asked = (count(self._x), None if self._x2 is None else count(self._x2), self._kind, self._dtype)
@@ -323,7 +323,7 @@ class _Request:
     def _routed(self, plan: Plan) -> list[Block]:
         """The blocks that the plan has a route for, set to it; on the others no output depends."""
         routes = {layer.names: layer.route for layer in plan.layers}
-        listed = {tuple(block.names): block for block in blocks(self._model, self.structure())}
+        listed = {tuple(block.names): block for block in blocks(self.model, self.structure())}
         if plan.made_for != self._signature or set(listed) != set(routes) | set(plan.idle):
             raise ConfigError("plan was made for another model, or for other parameters of it; make it anew")
         for names, route in routes.items():
@@ -351,7 +351,7 @@ class _Request:
         with torch.no_grad(), _bar(progress, len(plan.passes) * sets) as advance:
             for number, (left, right) in enumerate(plan.passes):
                 examples = select(x, left) if right is None else joined(select(x, left), select(other, right))
-                tape = taped(self._model, structure, examples)
+                tape = taped(self.model, structure, examples)
                 tape.footprint = plan.footprint
                 split = None if right is None else left.stop - left.start
                 tile = Tile(tape, split, plan.dtype, factors, plan.space)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -29,6 +30,15 @@ def chunks(stop: int, size: float, start: int = 0) -> Iterator[slice]:
     """
     step = max(1, int(size))
     return (slice(low, min(low + step, stop)) for low in range(start, stop, step))
+
+
+def most(fits: Callable[[int], bool], n: int) -> int:
+    """The largest number of 1 … n that fits, or 1.
+
+    >>> most(lambda k: k <= 5, 8)
+    5
+    """
+    return max(1, bisect_left(range(1, n + 1), True, key=lambda k: not fits(k)))
 
 
 def row_blocks(n: int, each: int = 1) -> Iterator[slice]:

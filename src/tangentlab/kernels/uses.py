@@ -84,6 +84,10 @@ class Positional(Use):
         """a [b, T, D], contiguous; D in an order of its own, the same for all examples."""
         return self.patches(n, part, dtype).transpose(1, 2).contiguous()
 
+    def projected(self, n: int, rows: Tensor) -> Tensor:
+        """⟨row, a_p⟩ [n, S, T] of rows [S, D], without patches where there is another way."""
+        return rows @ self.patches(n, slice(None), rows.dtype)
+
     def columns(self, part: slice, some: slice, dtype: torch.dtype) -> Tensor:
         """δ [b, R, |some|, T] of the channels ``some``."""
         raise NotImplementedError
@@ -134,6 +138,11 @@ class Embedding(Positional):
         tokens = tokens.reshape(len(tokens), -1)
         return tokens if self._padding is None else tokens.masked_fill(tokens == self._padding, -1)
 
+    def projected(self, n: int, rows: Tensor) -> Tensor:
+        tokens = self.tokens(n, slice(None))
+        found = rows[:, tokens.clamp(min=0)] * (tokens >= 0)
+        return found.transpose(0, 1)
+
     def columns(self, part: slice, some: slice, dtype: torch.dtype) -> Tensor:
         d = self._delta[part][..., some].to(dtype)
         return d.reshape(*d.shape[:2], -1, d.shape[-1]).transpose(2, 3)
@@ -177,6 +186,15 @@ class Convolution(Positional):
     def patches(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
         windows = self._windows(self.front(self.inputs[0], n)[part].to(dtype))  # [b, k, C, h, w, u, v]
         return windows.permute(0, 2, 5, 6, 1, 3, 4).reshape(len(windows), self.features, -1)
+
+    def projected(self, n: int, rows: Tensor) -> Tensor:
+        a = self.front(self.inputs[0], n).to(rows.dtype)
+        # A convolution with the rows as filters.
+        convolve = (F.conv1d, F.conv2d)[len(self._kernel) - 1]
+        filters = rows.view(len(rows), *self._weight_shape[1:])
+        found = convolve(a.flatten(0, 1), filters, None, self._stride, self._padding, self._dilation)
+        by_example: Tensor = found.unflatten(0, (n, -1))
+        return by_example.flatten(3).transpose(1, 2).flatten(2)
 
     def vectors(self, n: int, part: slice, dtype: torch.dtype) -> Tensor:
         # Channels last, where whole rows of a window lie together.
