@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -219,3 +220,49 @@ def test_the_mode_does_not_matter_and_nan_is_an_error(
     nn.init.constant_(model[5].weight, float("nan"))
     with pytest.raises(KernelError):
         tl.KernelProbe(*points).measure(model, 0)
+
+
+def test_a_sketch_is_near_and_says_how_near(model: nn.Module, points: tuple[Tensor, Tensor]) -> None:
+    exact, rough = (tl.KernelProbe(*points, inputs=attacks(), sketch=sketch) for sketch in (None, 32))
+    measured = []
+    for probe in (exact, rough):
+        torch.manual_seed(2)
+        moved = copy.deepcopy(model)
+        probe.measure(moved, 0, summed_learning_rate=0.0)
+        move(moved)
+        measured.append(probe.measure(moved, 10, summed_learning_rate=0.5))
+    true, sketched = measured
+    assert {name: K.shape for name, K in true.kernels.items()} == {
+        name: K.shape for name, K in sketched.kernels.items()
+    }
+    groups = tl.kernels.sketched_ntk(moved, points[0], features=32, seed=0)
+    assert torch.equal(sketched.kernels["clean/class"], groups.mean(0))
+    assert not torch.equal(groups[0], groups[1])
+    numbers = {name for name, value in true.values.items() if isinstance(value, float)}
+    assert set(sketched.values) == set(true.values) | {f"{name}_interval" for name in numbers}
+    inside = 0
+    for name in numbers:
+        low, high = sketched.values[f"{name}_interval"]
+        assert low <= sketched.values[name] <= high
+        inside += low <= true.values[name] <= high
+    assert 0.85 * len(numbers) < inside
+    near = ("entropy_rank", "top_mass", "specialization")
+    for name in (f"kernel/clean/class/{metric}" for metric in near):
+        assert sketched.values[name] == pytest.approx(true.values[name], rel=0.1)
+        assert sketched.values[name] != true.values[name]
+
+
+def test_a_sketching_probe_goes_on(model: nn.Module, points: tuple[Tensor, Tensor]) -> None:
+    whole, first, second = (tl.KernelProbe(*points, inputs=attacks(), sketch=16) for _ in range(3))
+    for step, probes in ((0, (whole, first)), (5, (whole, first)), (10, (whole, second))):
+        if second in probes:
+            second.load_state_dict(first.state_dict())
+        ours, other = (probe.measure(model, step) for probe in probes)
+        assert ours.values == other.values
+        move(model)
+
+
+@pytest.mark.parametrize("sketch", [0, 1.5, "many"])
+def test_a_sketch_out_of_range_is_named(sketch: object, points: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(ConfigError, match=f"sketch={sketch!r} is out of range"):
+        tl.KernelProbe(*points, sketch=sketch)

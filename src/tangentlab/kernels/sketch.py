@@ -31,6 +31,9 @@ from tangentlab.kernels.undisturbed import undisturbed
 from tangentlab.kernels.uses import Positional, Use
 from tangentlab.randomness import generator
 
+# Rows of an S and of a Z: the error is about √(5/rows) in all, no less with larger ones.
+_SIDE = 4
+
 # The part of the bound that the count may fill.
 _COUNTED = 0.75
 
@@ -39,7 +42,7 @@ def sketched_ntk(
     model: nn.Module,
     x: Inputs,
     *,
-    features: int = 256,
+    features: int = 64,
     groups: int = 8,
     seed: int = 0,
     memory: int | str = "2GiB",
@@ -52,7 +55,7 @@ def sketched_ntk(
         model: any module; it comes back as it was.
         x: [n, ...], or a tuple or dict of such tensors; moved to the model's device.
         features: numbers that stand for a weight's gradient in each group, at least 1; the error falls with
-            the root of features times groups.
+            the root of features · groups.
         groups: independent sketches, at least 2.
         seed: of the projections, which are the same for every x and all weights of the model.
         memory: bound on the growth of working memory, the result not counted: bytes, or "2GiB".
@@ -138,6 +141,7 @@ class _Sketch:
     def __init__(self, features: int, groups: int, seed: int) -> None:
         self._features, self.groups, self._seed = features, groups, seed
         self.width = features * groups
+        self._drawn: dict[str, Tensor] = {}
 
     def features(self, block: Block, tape: Tape, projected: dict[Use, Tensor]) -> Tensor | None:
         """Of the cotangents that have arrived, one an example; None where the outputs do not depend on it."""
@@ -155,29 +159,32 @@ class _Sketch:
     def _products(
         self, name: str, weights: list[Positional], tape: Tape, projected: dict[Use, Tensor]
     ) -> Tensor:
-        """Σ_p (S δ_p)(Z a_p)ᵀ."""
+        """Σ_p (S δ_p)(Z a_p)ᵀ, for as many small S and Z as make up the features."""
         channels, inner = weights[0].channels, weights[0].features
-        s = min(channels, math.isqrt(self._features))
-        z = min(inner, self._features // s)
+        s = min(channels, _SIDE, self._features)
+        z = min(inner, self._features // s, _SIDE**2 // s)
+        several = self.groups * max(1, self._features // (s * z))
         total: Tensor | None = None
         for use in weights:
             delta = use.columns(slice(None), slice(None), tape.output.dtype)[:, 0]  # [n, O, T]
             if use not in projected:
-                projected[use] = use.projected(
-                    len(tape), self._rows(f"{name}/in", z, inner, delta)
-                ).unflatten(1, (-1, z))
-            left = (self._rows(f"{name}/out", s, channels, delta) @ delta).unflatten(1, (-1, s))
-            share = left @ projected[use].mT  # [n, groups, s, z]
+                rows = self._rows(f"{name}/in", several, z, inner, delta)
+                projected[use] = use.projected(len(tape), rows).unflatten(1, (several, z))
+            rows = self._rows(f"{name}/out", several, s, channels, delta)
+            share = (rows @ delta).unflatten(1, (several, s)) @ projected[use].mT  # [n, several, s, z]
             total = share if total is None else total + share
         assert total is not None
-        return total.flatten(2).transpose(0, 1)
+        by_group: Tensor = total.flatten(1).unflatten(1, (self.groups, -1)).transpose(0, 1)
+        return by_group / math.sqrt(several // self.groups)
 
-    def _rows(self, name: str, count: int, length: int, like: Tensor) -> Tensor:
-        """[groups · count, length]: each group's rows are orthonormal times √(length/count)."""
-        g = generator(self._seed, f"kernels.sketch/{name}")
-        drawn = torch.randn(self.groups, length, count, generator=g, dtype=torch.float64)
-        rows: Tensor = torch.linalg.qr(drawn).Q.mT * math.sqrt(length / count)
-        return rows.flatten(0, 1).to(like)
+    def _rows(self, name: str, several: int, count: int, length: int, like: Tensor) -> Tensor:
+        """[several · count, length]: each count of rows is orthonormal times √(length/count)."""
+        if name not in self._drawn:
+            g = generator(self._seed, f"kernels.sketch/{name}")
+            drawn = torch.randn(several, length, count, generator=g, dtype=torch.float64)
+            rows = torch.linalg.qr(drawn).Q.mT * math.sqrt(length / count)
+            self._drawn[name] = rows.flatten(0, 1).to(like)
+        return self._drawn[name]
 
     def _hashed(self, name: str, G: Tensor) -> Tensor:
         """Each entry into one of ``features`` buckets with a sign."""

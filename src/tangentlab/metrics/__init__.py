@@ -22,7 +22,7 @@ from tangentlab.metrics.estimates import (
     estimate_spectrum,
     estimate_trace,
 )
-from tangentlab.metrics.intervals import Interval, mean_interval, wilson_interval
+from tangentlab.metrics.intervals import Interval, jackknife, mean_interval, wilson_interval
 from tangentlab.metrics.lanczos import Eigenpairs, top_eigenpairs
 from tangentlab.metrics.overfitting import (
     PARTING_DISTANCE,
@@ -65,6 +65,7 @@ __all__ = [
     "estimate_trace",
     "find_stages",
     "intrinsic_dimension",
+    "jackknife",
     "kernel_angle",
     "kernel_distance",
     "kernel_specialization",

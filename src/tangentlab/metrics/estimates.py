@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tangentlab.errors import ConfigError, KernelError
-from tangentlab.metrics.intervals import mean_interval
+from tangentlab.metrics.intervals import jackknife, mean_interval
 from tangentlab.metrics.lanczos import Krylov, Operator, gaussian, prepared, rounding, top_eigenpairs
 
 # Quadrature stops where a product more changes the entropy's sum by less.
@@ -229,12 +229,11 @@ def _powers(values: Tensor) -> Tensor:
 
 
 def _jackknife(samples: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
-    """The function of the mean of samples [m, q], less its bias, and the interval."""
-    m, mean = len(samples), samples.mean(0)
-    if not bool((samples != mean).any()):
-        return _exactly(float(function(mean)))
-    without = [function((m * mean - sample) / (m - 1)) for sample in samples]
-    return _student(m * function(mean) - (m - 1) * torch.stack(without))
+    """Of samples [m, q], those of a spectrum without a rest alike."""
+    if not bool((samples != samples[0]).any()):
+        return _exactly(float(function(samples[0])))
+    value, low, high = jackknife(function, samples)
+    return float(value), float(low), float(high)
 
 
 def _student(values: Tensor) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Wilson's interval for a proportion, such as an accuracy on n test points; Student's for a mean over seeds.
+"""Intervals: Wilson's for a proportion, Student's for a mean over seeds, the jackknife's for its functions.
 
 Wilson (1927), "Probable inference, the law of succession, and statistical inference", eq. 2. Student (1908),
 "The probable error of a mean".
@@ -7,9 +7,12 @@ Wilson (1927), "Probable inference, the law of succession, and statistical infer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from tangentlab.errors import ConfigError
 
@@ -82,6 +85,48 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     half = float(stdtrit(n - 1, (1 + confidence) / 2)) * stdev(values) / math.sqrt(n)
     mean = fmean(values)
     return Interval(mean - half, mean + half)
+
+
+def jackknife(
+    function: Callable[..., Tensor], *groups: Tensor, confidence: float = 0.95
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A smooth function of means over independent groups: its value, and the ends of its interval.
+
+    The mean of the pseudo-values g·f(x̄) − (g − 1)·f(x̄ without group i), less biased than f(x̄), and
+    their Student interval (Tukey 1958; Efron & Tibshirani 1993, chapter 11).
+
+    Args:
+        function: of as many tensors as there are ``groups``; a tensor of any shape.
+        groups: [g, ...] each, of one g ≥ 2: the function gets their means over the first axis, with and
+            without the same group of all of them.
+        confidence: in (0, 1).
+
+    Raises:
+        ConfigError: fewer than two groups, or not as many of all; confidence out of range.
+
+    >>> x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    >>> value, low, high = jackknife(lambda mean: mean.square(), x)  # 4, less the variance of the mean, 1/3
+    >>> round(value.item(), 4), low.item() < value.item() < high.item()
+    (3.6667, True)
+    """
+    from scipy.special import stdtrit
+
+    g = len(groups[0])
+    if g < 2 or any(len(group) != g for group in groups):
+        raise ConfigError(f"groups of {', '.join(str(len(x)) for x in groups)}; the same number, at least 2")
+    _check_confidence(confidence)
+    sums = [group.sum(0) for group in groups]
+    whole = function(*(total / g for total in sums))
+    without = torch.stack(
+        [
+            function(*((total - group[i]) / (g - 1) for total, group in zip(sums, groups, strict=True)))
+            for i in range(g)
+        ]
+    )
+    pseudo = g * whole - (g - 1) * without
+    half = float(stdtrit(g - 1, (1 + confidence) / 2)) * pseudo.std(0) / math.sqrt(g)
+    value = pseudo.mean(0)
+    return value, value - half, value + half
 
 
 def _check_confidence(confidence: float) -> None:

@@ -6,7 +6,8 @@ distance, effective rank and specialization along the whole training, on clean a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tangentlab import metrics, modes, randomness
 from tangentlab.attacks import Attack
 from tangentlab.errors import ConfigError, KernelError, ModelError, unknown_choice
-from tangentlab.kernels import ntk
+from tangentlab.kernels import ntk, sketched_ntk
 from tangentlab.kernels.memory import bytes_of
 from tangentlab.records import Measurement
 
@@ -37,6 +38,9 @@ class KernelProbe:
         kinds: "class" (one kernel an output) and "trace" (their mean).
         seed: of the attacks' noise, which is the same at every snapshot: velocity does not measure noise.
         memory: bound on the kernel engine's working memory.
+        sketch: numbers that stand for the gradient of a weight in each of eight random projections, at least
+            1: ``kernels`` are unbiased estimates then, cheaper for wide networks, the same projections at
+            every snapshot. None for exact kernels.
 
     ``measure`` returns ``values`` named ``kernel/<inputs>/<kind>/<metric>``, a metric of class kernels being
     the mean over the classes, and ``kernel/<a>~<b>/<kind>/distance`` between the kernels on two inputs; and
@@ -46,6 +50,7 @@ class KernelProbe:
     target_alignment, and of class kernels specialization_matrix and specialization. Velocities are given only
     over one fixed gap of steps, that of the first two snapshots: 1 − cos is quadratic in the movement.
     Snapshots between those of a fixed gap are no part of it: they are described, and told from the first.
+    With ``sketch`` every number has its 95 % interval beside it, as <metric>_interval, of the projections.
 
     The model comes back as it was and global random state is untouched: a run with a probe equals the run
     without it, bit for bit.
@@ -63,6 +68,7 @@ class KernelProbe:
         kinds: Sequence[str] = KINDS,
         seed: int = 0,
         memory: str | int = "2GiB",
+        sketch: int | None = None,
     ) -> None:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise ConfigError(f"x is a {type(x).__name__} and y a {type(y).__name__}; both must be tensors")
@@ -83,6 +89,9 @@ class KernelProbe:
         self.kinds = tuple(kinds)
         self.seed = seed
         self.memory = bytes_of(memory)
+        if sketch is not None and not (isinstance(sketch, int) and sketch >= 1):
+            raise ConfigError(f"sketch={sketch!r} is out of range; at least 1, or None for exact kernels")
+        self.sketch = sketch
         self._once: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
         self._previous: dict[str, Tensor] = {}
@@ -121,25 +130,28 @@ class KernelProbe:
             if twin != name and not self._previous:  # at the first snapshot the two are the same
                 kernels |= {f"{name}/{kind}": kernels[f"{twin}/{kind}"] for kind in self.kinds}
                 continue
-            class_kernels = ntk(model, points, kind="class", memory=self.memory)
+            class_kernels = self._class_kernels(model, points)
             for kind in self.kinds:
-                kernel = class_kernels if kind == "class" else class_kernels.mean(dim=0)
+                kernel = class_kernels if kind == "class" else class_kernels.mean(dim=-3)
                 kernels[f"{name}/{kind}"] = kernel.cpu()
         if self._previous and not self._gap and not between:
             self._gap = step - self._step
         labels = self.y.cpu()
         for name, kernel in kernels.items():
-            described = _describe(kernel, labels)
+            described = self._values(partial(_describe, labels), kernel)
             if between:
-                described["distance_from_first"] = _distance(self._first[name], kernel)
+                described |= self._values(_told("distance_from_first"), self._first[name], kernel)
             else:
                 described |= self._movement(name, kernel, step, summed_learning_rate)
             values |= {f"kernel/{name}/{metric}": value for metric, value in described.items()}
         for a, b in combinations(self.inputs, 2):
             for kind in self.kinds:
-                distance = _distance(kernels[f"{a}/{kind}"], kernels[f"{b}/{kind}"])
-                values[f"kernel/{a}~{b}/{kind}/distance"] = distance
-        measured = Measurement(step=step, values=values, kernels=kernels)
+                found = self._values(_told("distance"), kernels[f"{a}/{kind}"], kernels[f"{b}/{kind}"])
+                values |= {f"kernel/{a}~{b}/{kind}/{metric}": value for metric, value in found.items()}
+        means = {
+            name: kernel if self.sketch is None else kernel.mean(dim=0) for name, kernel in kernels.items()
+        }
+        measured = Measurement(step=step, values=values, kernels=means)
         if between:
             return measured
         self._previous = {name: kernel.clone() for name, kernel in kernels.items()}
@@ -210,22 +222,53 @@ class KernelProbe:
 
     def _movement(
         self, name: str, kernel: Tensor, step: int, summed_learning_rate: float | None
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         if not self._previous:
             return {}
-        moved = _distance(self._previous[name], kernel)
-        angle = float(metrics.kernel_angle(self._previous[name], kernel).mean())
-        values = {
-            "distance_from_first": _distance(self._first[name], kernel),
-            "distance_from_previous": moved,
+        gap, rate = step - self._step, (summed_learning_rate or 0.0) - self._summed_learning_rate
+
+        def moved(previous: Tensor, kernel: Tensor) -> dict[str, float]:
+            distance, angle = (
+                _distance(previous, kernel),
+                float(metrics.kernel_angle(previous, kernel).mean()),
+            )
+            values = {"distance_from_previous": distance}
+            if gap == self._gap:
+                values |= {"velocity": distance / gap, "angle_velocity": angle / gap}
+                if rate > 0:
+                    values["angle_per_learning_rate"] = angle / rate
+            return values
+
+        return {
+            **self._values(_told("distance_from_first"), self._first[name], kernel),
+            **self._values(moved, self._previous[name], kernel),
         }
-        gap = step - self._step
-        if gap == self._gap:
-            values |= {"velocity": moved / gap, "angle_velocity": angle / gap}
-            rate = (summed_learning_rate or 0.0) - self._summed_learning_rate
-            if rate > 0:
-                values["angle_per_learning_rate"] = angle / rate
-        return values
+
+    def _class_kernels(self, model: nn.Module, points: Tensor) -> Tensor:
+        """[C, n, n]; sketched ones [groups, C, n, n]."""
+        if self.sketch is None:
+            return ntk(model, points, kind="class", memory=self.memory)
+        return sketched_ntk(model, points, features=self.sketch, seed=self.seed, memory=self.memory)
+
+    def _values(self, function: Callable[..., Mapping[str, Any]], *kernels: Tensor) -> dict[str, Any]:
+        """What the function says of the kernels; of sketched ones, the numbers with their intervals."""
+        if self.sketch is None:
+            return dict(function(*kernels))
+        found = dict(function(*(kernel.mean(dim=0) for kernel in kernels)))
+        names = [name for name, value in found.items() if isinstance(value, float)]
+
+        def numbers(*means: Tensor) -> Tensor:
+            said = function(*means)
+            return torch.tensor([said[name] for name in names], dtype=torch.float64)
+
+        for name, value, *ends in zip(names, *metrics.jackknife(numbers, *kernels), strict=True):
+            found |= {name: float(value), f"{name}_interval": [float(end) for end in ends]}
+        return found
+
+
+def _told(name: str) -> Callable[[Tensor, Tensor], dict[str, float]]:
+    """The distance of two kernels by that name."""
+    return lambda K1, K2: {name: _distance(K1, K2)}
 
 
 def _distance(K1: Tensor, K2: Tensor) -> float:
@@ -233,7 +276,7 @@ def _distance(K1: Tensor, K2: Tensor) -> float:
     return float(metrics.kernel_distance(K1, K2).mean())
 
 
-def _describe(kernel: Tensor, y: Tensor) -> dict[str, Any]:
+def _describe(y: Tensor, kernel: Tensor) -> dict[str, Any]:
     """What one snapshot's kernel, [n, n] or [C, n, n], says by itself."""
     spectrum = metrics.spectrum(kernel)
     top = spectrum.values[..., :TOP].reshape(-1, min(TOP, kernel.shape[-1]))

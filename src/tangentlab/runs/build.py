@@ -201,6 +201,7 @@ def build_probe(config: RunConfig, examples: Examples) -> KernelProbe | None:
         inputs=attacks,
         seed=config.seed,
         memory=config.probe.memory,
+        sketch=config.probe.sketch,
     )
 
 

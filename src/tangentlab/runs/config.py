@@ -144,6 +144,7 @@ class ProbeConfig:
         early: snapshots at the steps 1, 2, 4, 8, ... before the first of those too.
         num_steps: PGD steps of the probe's own attack.
         memory: bound on the kernel engine's working memory.
+        sketch: features of the probe's random projections; null for exact kernels.
     """
 
     size: int = 50
@@ -151,9 +152,12 @@ class ProbeConfig:
     early: bool = False
     num_steps: int = 10
     memory: str = "2GiB"
+    sketch: int | None = None
 
     def __post_init__(self) -> None:
         _at_least("probe.size", self.size, 0)
+        if self.sketch is not None:
+            _at_least("probe.sketch", self.sketch, 1)
         _at_least("probe.num_steps", self.num_steps, 1)
         if not 0 < self.every < math.inf:
             raise ConfigError(f"probe.every={self.every} is out of range; above 0")
