@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", precision(data)])
 
 
-def mean(values: list[float | None]) -> str:
+def mean(values: Sequence[float | None]) -> str:
     """Mean and half the width of its interval."""
     known = [value for value in values if value is not None]
     if len(known) < 2:
@@ -166,7 +166,7 @@ def precision(data: dict[str, Any]) -> str:
 
     pairs = [(robust(BF16, seed), robust(REFERENCE, seed)) for seed in PAIRED_SEEDS]
     found = [low - full for low, full in pairs if low is not None and full is not None]
-    return f"bf16 − fp32, APGD on {PAIRED_POINTS:,} points or more, {len(found)} seeds: {mean(list(found))} points."
+    return f"bf16 − fp32, APGD on {PAIRED_POINTS:,} points or all, {len(found)} seeds: {mean(found)} points."
 
 
 if __name__ == "__main__":
