@@ -72,6 +72,9 @@ def parse() -> argparse.Namespace:
         command.add_argument("--patience", type=float, default=300.0, help="longer is not repeated")
         if name == "probe":
             command.add_argument("--widths", type=int, nargs="+", default=[16, 64])
+            command.add_argument(
+                "--sketches", type=int, nargs="+", default=[0, 64], help="features; 0: exact"
+            )
             continue
         few = ["ours", "torch.func"]
         command.add_argument(
@@ -128,11 +131,13 @@ class Bench:
                 for engine in self.options.engines:
                     if not case.engines or engine in case.engines:
                         self.measure(case, engine, prepared[case.name], turn)
-            for width in self.options.widths if self.options.command == "probe" else ():
-                spec = {"width": width, "calls": min(self.options.calls, 3)}
-                self.add(
-                    {"round": turn, "width": width, **self.spawn(sys.executable, "probe_share.py", spec)}
-                )
+            for row in self.probes() if self.options.command == "probe" else ():
+                spec = {**row, "calls": min(self.options.calls, 3)}
+                self.add({"round": turn, **row, **self.spawn(sys.executable, "probe_share.py", spec)})
+
+    def probes(self) -> list[dict[str, int]]:
+        """Widths, and features of the sketch, 0 for exact kernels."""
+        return [{"width": w, "sketch": s} for w in self.options.widths for s in self.options.sketches]
 
     def resized(self, case: Case) -> Case:
         return case if self.options.n is None else replace(case, n=min(case.n, self.options.n))

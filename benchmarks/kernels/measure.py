@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Spec = dict[str, Any]
+Result = TypeVar("Result")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -71,11 +72,11 @@ def timed(call: Callable[[], Array], calls: int, seconds: float) -> tuple[Array,
     }
 
 
-def clocked(call: Callable[[], Array]) -> tuple[Array, float]:
+def clocked(call: Callable[[], Result]) -> tuple[Result, float]:
     """What the call returns, and its seconds."""
     started = time.perf_counter()
-    K = call()
-    return K, time.perf_counter() - started
+    result = call()
+    return result, time.perf_counter() - started
 
 
 def memory(field: str) -> int:

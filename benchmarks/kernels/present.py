@@ -70,18 +70,20 @@ def _scaled(data: Data) -> str:
 
 def _shares(data: Data) -> str:
     lines = [
-        "| width | PGD-10 step of 128, s | epoch of 50,000, s | snapshot, s | share of an epoch |",
-        "|---|---|---|---|---|",
+        "| width | kernels | PGD-10 step of 128, s | epoch of 50,000, s | snapshot, s | share of an epoch |",
+        "|---|---|---|---|---|---|",
     ]
-    for width in dict.fromkeys(row["width"] for row in data["rows"]):
-        measured = [row for row in data["rows"] if row["width"] == width and row["status"] == "ok"]
-        if not measured:
-            continue
-        step = median(median(row["step_seconds"]) for row in measured)
-        snapshot = median(median(row["snapshot_seconds"]) for row in measured)
-        epoch = step * measured[0]["steps_per_epoch"]
+    measured: dict[tuple[int, int], list[Data]] = {}
+    for row in data["rows"]:
+        if row["status"] == "ok":
+            measured.setdefault((row["width"], row.get("sketch", 0)), []).append(row)
+    for (width, sketch), rows in measured.items():
+        step = median(median(row["step_seconds"]) for row in rows)
+        snapshot = median(median(row["snapshot_seconds"]) for row in rows)
+        epoch = step * rows[0]["steps_per_epoch"]
         cells = " | ".join(map(_number, (step, epoch, snapshot)))
-        lines.append(f"| {width} | {cells} | {100 * snapshot / epoch:.2f} % |")
+        kernels = f"{sketch} features" if sketch else "exact"
+        lines.append(f"| {width} | {kernels} | {cells} | {100 * snapshot / epoch:.2f} % |")
     return "\n".join(lines)
 
 

@@ -33,14 +33,15 @@ def main() -> None:
         optimizer.step()
 
     inputs = {"clean": None, "pgd": PGD(EPS, STEP_SIZE, 10)}
-    probe = KernelProbe(x[:PROBED], y[:PROBED], inputs=inputs, kinds=("class",))
+    probe = KernelProbe(
+        x[:PROBED], y[:PROBED], inputs=inputs, kinds=("class",), sketch=spec["sketch"] or None
+    )
     steps, snapshots = [], []
     for k in range(1 + spec["calls"]):
         steps.append(clock(step))
         snapshots.append(clock(lambda k=k: probe.measure(model, step=k)))
     answer = {
         "status": "ok",
-        "width": spec["width"],
         "first_snapshot_seconds": snapshots[0],
         "step_seconds": steps[1:],
         "snapshot_seconds": snapshots[1:],
