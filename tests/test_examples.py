@@ -13,7 +13,8 @@ from tangentlab.records import read_run
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-KERNEL = "kernel_of_your_model.py"
+KERNEL, SPECTRUM = "kernel_of_your_model.py", "spectrum_of_a_large_model.py"
+RUNS = sorted({path.name for path in EXAMPLES.glob("*.py")} - {KERNEL, SPECTRUM})
 
 
 def ran(name: str, *arguments: str, cwd: Path) -> str:
@@ -29,7 +30,14 @@ def test_the_kernel_of_your_model_shows_its_plan(tmp_path: Path) -> None:
     assert "route" in output
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != KERNEL))
+def test_the_spectrum_of_somebody_elses_model(tmp_path: Path) -> None:
+    output = ran(SPECTRUM, "--small", cwd=tmp_path)
+    values = [float(line.split()[1]) for line in output.splitlines() if line.startswith("eigenvalue")]
+    assert len(values) == 3
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_an_example_writes_a_run_and_a_report(name: str, tmp_path: Path) -> None:
     ran(name, str(tmp_path / "run"), cwd=tmp_path)
     record = read_run(tmp_path / "run")

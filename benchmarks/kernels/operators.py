@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -184,9 +185,7 @@ def sketch(spec: Spec, model: torch.nn.Module) -> Spec:
     drawn: dict[int, list[Tensor]] = {}
     seconds: dict[int, float] = {}
     for features in FEATURES:
-        groups, seconds[features] = clocked(
-            lambda features=features: sketched_ntk(model, x, features=features)
-        )
+        groups, seconds[features] = clocked(partial(sketched_ntk, model, x, features=features))
         drawn[features] = [groups]
     train(TRAINED // 2)
     second = ntk(model, x, kind="class")
