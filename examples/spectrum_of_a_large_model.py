@@ -18,6 +18,7 @@ import tangentlab as tl
 
 small = "--small" in sys.argv
 size = 32 if small else 224
+config = ViTConfig()  # ViT-B/16
 if small:
     config = ViTConfig(
         image_size=size,
@@ -26,10 +27,8 @@ if small:
         num_hidden_layers=2,
         num_attention_heads=3,
         intermediate_size=96,
-        num_labels=10,
     )
-else:
-    config = ViTConfig(num_labels=10)  # ViT-B/16
+config.num_labels = 10
 
 
 class Logits(nn.Module):
