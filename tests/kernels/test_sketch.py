@@ -128,5 +128,7 @@ def test_bad_input_is_named(wide: tuple[nn.Module, Tensor]) -> None:
         sketched_ntk(*wide, features=0)
     with pytest.raises(ConfigError, match="groups=1; an error takes at least 2"):
         sketched_ntk(*wide, groups=1)
+    with pytest.raises(KernelError, match=r"memory of 0.0 MiB is too small: .* needs \d+ MiB"):
+        sketched_ntk(*wide, memory=1000)
     with pytest.raises(ConfigError, match="memory='much'"):
         sketched_ntk(*wide, memory="much")

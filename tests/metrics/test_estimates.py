@@ -168,6 +168,7 @@ def test_operators_that_are_not_symmetric_have_a_distance() -> None:
     [
         (lambda A: top_eigenpairs(A, 81), ConfigError, "k=81 eigenpairs of 80; choose from 1 to 80"),
         (lambda A: top_eigenpairs(A, 1, tolerance=1.0), ConfigError, "tolerance=1.0 is out of range"),
+        (lambda A: top_eigenpairs(A, 1, max_products=0), ConfigError, "max_products=0 is out of range"),
         (lambda A: top_eigenpairs(A[:5], 1), KernelError, r"shape \[5, 80\] is not symmetric"),
         (lambda A: top_eigenpairs(A.triu(), 1), KernelError, "not symmetric"),
         (lambda A: estimate_trace(A, vectors=1), ConfigError, "vectors=1; an interval takes at least 2"),

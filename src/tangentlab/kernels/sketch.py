@@ -18,7 +18,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from tangentlab.errors import ConfigError
+from tangentlab.errors import ConfigError, KernelError
 from tangentlab.kernels.blocks import Block, in_turn
 from tangentlab.kernels.capture import Tape
 from tangentlab.kernels.direct import Direct
@@ -90,8 +90,17 @@ def _kernels(request: Request, x: Inputs, sketch: _Sketch, room: int) -> Tensor:
     model, structure = request.model, request.structure()
     side = Side(model, x, False)
     n, classes = side.n, side.weighed.classes
-    # Beside a tile's graph its projected inputs are kept, about as much again.
-    size = most(lambda k: side.weighed.at(k).total + side.weighed.at(k).graph <= room / 2, n)
+
+    def needed(k: int) -> int:
+        """For k examples at once: beside their graph the projected inputs are kept, about as much again."""
+        return 2 * (side.weighed.at(k).total + side.weighed.at(k).graph)
+
+    size = most(lambda k: needed(k) <= room, n)
+    if needed(size) > room:
+        raise KernelError(
+            f"memory of {room / _COUNTED / 2**20:.1f} MiB is too small: a sketch of one example at once needs "
+            f"{math.ceil(needed(1) / _COUNTED / 2**20)} MiB"
+        )
     found = blocks(model, structure)
     width = sum(min(sum(model.get_parameter(name).numel() for name in b.names), sketch.width) for b in found)
     together = classes if size == n else max(1, room // (2 * n * width * side.dtype.itemsize))

@@ -123,7 +123,7 @@ def top_eigenpairs(
         seed: of the starts.
 
     Raises:
-        ConfigError: k or the tolerance out of range.
+        ConfigError: k, the tolerance or max_products out of range.
         KernelError: the operator is not symmetric.
 
     Warns:
@@ -139,6 +139,8 @@ def top_eigenpairs(
         raise ConfigError(f"k={k} eigenpairs of {N}; choose from 1 to {N}")
     if not 0 < tolerance < 1:
         raise ConfigError(f"tolerance={tolerance} is out of range; choose between 0 and 1, such as 0.001")
+    if max_products is not None and max_products < 1:
+        raise ConfigError(f"max_products={max_products} is out of range; at least 1")
     values, errors = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
     vectors = torch.empty(N, 0, dtype=torch.float64, device=device)
 
