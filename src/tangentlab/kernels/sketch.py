@@ -98,7 +98,7 @@ def _kernels(request: Request, x: Inputs, sketch: _Sketch, room: int) -> Tensor:
     size = most(lambda k: needed(k) <= room, n)
     if needed(size) > room:
         raise KernelError(
-            f"memory of {room / _COUNTED / 2**20:.1f} MiB is too small: a sketch of one example at once needs "
+            f"memory of {room / _COUNTED / 2**20:.1f} MiB is too small: a sketch of one example needs "
             f"{math.ceil(needed(1) / _COUNTED / 2**20)} MiB"
         )
     found = blocks(model, structure)
