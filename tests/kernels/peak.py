@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tangentlab.kernels import ntk
+from tangentlab.kernels import NTKOperator, ntk, sketched_ntk
 
 
 def growth(work: Callable[[], object]) -> int:
@@ -50,6 +50,9 @@ def main() -> None:
         growth(lambda: ntk(model, x, kind="trace", memory="32MiB")),
         growth(lambda: ntk(model, x[:24], kind="full", memory="32MiB")),
         growth(lambda: ntk(model, x[:41], x[50:73], kind="class", memory="32MiB")),
+        growth(lambda: sketched_ntk(model, x, memory="32MiB")),
+        growth(lambda: NTKOperator(model, x, memory="32MiB") @ torch.ones(384, 3)),
+        growth(lambda: NTKOperator(model, x[:13], batchnorm="batch", memory="32MiB") @ torch.ones(52)),
     )
     print(max(growths))  # noqa: T201
     print(len(x) * 4 * sum(p.nbytes for p in model.parameters()))  # noqa: T201

@@ -39,6 +39,9 @@ _COUNTED = 0.75
 # Bytes of a graph that is kept, beyond which examples are cut in parts: a larger one is no faster.
 _PART = 2**28
 
+# Activations that a forward with tangents holds besides: BatchNorm's derivative is many small steps.
+_TANGENTS = 8
+
 # Examples that the routes are tried on; a batch of too few has degenerate statistics.
 _TRIED = 8
 
@@ -70,23 +73,27 @@ class Jacobian:
         self.side = side
         self._parameters = list(side.parameters.values())
         vector = sum(p.nbytes for p in self._parameters)
-        whole = side.weighed.at(side.n)
+
+        def needed(n: int) -> int:
+            weight = side.weighed.at(n)
+            return weight.total + _TANGENTS * weight.largest
+
         room = int(_COUNTED * limit) - 3 * vector  # a sum, the gradient added to it, and one in the making
-        self._kept = whole.total <= room
+        self._kept = needed(side.n) <= room
         if side.batch:
             self._size = side.n
         elif self._kept:
-            self._size = max(1, side.n * _PART // max(whole.graph, _PART))
+            self._size = max(1, side.n * _PART // max(side.weighed.at(side.n).graph, _PART))
         else:  # half for the graph, half for more vectors at once
-            self._size = most(lambda n: side.weighed.at(n).total <= room / 2, side.n)
-        needed = (whole if self._kept else side.weighed.at(self._size)).total
-        if needed > room:
-            least = math.ceil((needed + 3 * vector) / _COUNTED / 2**20)
+            self._size = most(lambda n: needed(n) <= room / 2, side.n)
+        together = needed(side.n if self._kept else self._size)
+        if together > room:
+            least = math.ceil((together + 3 * vector) / _COUNTED / 2**20)
             raise KernelError(
                 f"memory of {limit / 2**20:.1f} MiB is too small: products with the Jacobian of "
                 f"{self._size} examples at once need {least} MiB"
             )
-        self.columns = 1 + (room - needed) // vector
+        self.columns = 1 + (room - together) // vector
         self._graphs: list[tuple[slice, Tensor]] = []
         self._state: object = None
         self._route: Route | None = None

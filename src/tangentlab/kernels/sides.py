@@ -77,10 +77,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Weight:
-    """Bytes: of the graph of some examples, inputs included, and of the transients of a pass through it."""
+    """Bytes: of the graph of some examples, inputs included, of a backward's transients, of the largest
+    activation."""
 
     graph: int
     transients: int
+    largest: int
 
     @property
     def total(self) -> int:
@@ -119,9 +121,10 @@ class Weighed:
         given = self.last.given * n // len(self.last.output)
         # As transients a few of the largest activation, and the unfolded input of a convolution: CPU kernels
         # without oneDNN unfold the whole batch.
-        transients = 4 * max(saved, default=0) + max(unfolded, default=0)
+        largest = max(saved, default=0)
+        transients = 4 * largest + max(unfolded, default=0)
         ends = 4 * n * self.classes * self.last.output.element_size()
-        return Weight(sum(saved) + given, transients + ends)
+        return Weight(sum(saved) + given, transients + ends, largest)
 
 
 def _measured(side: Side, size: int) -> _Measured:

@@ -82,29 +82,38 @@ def sketched_ntk(
         x = moved(x, parameter.device)
         request = Request(model, x, None, "class", dtype, None, limit)
         sketch = _Sketch(features, groups, seed)
-        return request.retried(lambda: _kernels(request, x, sketch, int(_COUNTED * limit)))
+        return request.retried(lambda: _kernels(request, x, sketch, limit))
 
 
-def _kernels(request: Request, x: Inputs, sketch: _Sketch, room: int) -> Tensor:
+def _kernels(request: Request, x: Inputs, sketch: _Sketch, limit: int) -> Tensor:
     """The sum over the blocks, a tile of examples and some of the outputs at a time."""
     model, structure = request.model, request.structure()
     side = Side(model, x, False)
     n, classes = side.n, side.weighed.classes
 
-    def needed(k: int) -> int:
-        """For k examples at once: beside their graph the projected inputs are kept, about as much again."""
-        return 2 * (side.weighed.at(k).total + side.weighed.at(k).graph)
-
-    size = most(lambda k: needed(k) <= room, n)
-    if needed(size) > room:
-        raise KernelError(
-            f"memory of {room / _COUNTED / 2**20:.1f} MiB is too small: a sketch of one example needs "
-            f"{math.ceil(needed(1) / _COUNTED / 2**20)} MiB"
-        )
     found = blocks(model, structure)
+    # What is kept of an example beside its graph, and the largest part of it, made anew for each output.
+    tried: dict[Use, Tensor] = {}
+    tape = taped(model, structure, select(x, slice(2)))
+    unit = torch.eye(classes, dtype=side.dtype, device=side.device)
+    with torch.no_grad():
+        _features(found, tape, unit[0], sketch, tried)
+    sizes = [t.nbytes // len(tape) for t in tried.values()]
+    beside = sum(sizes) + 2 * max(sizes, default=0)
+    room = int(_COUNTED * limit) - sketch.nbytes
+    del tape, tried
+
+    def needed(k: int) -> int:
+        return side.weighed.at(k).total + k * beside
+
+    size = most(lambda k: needed(k) <= room / 2, n)
+    if needed(size) > room / 2:
+        raise KernelError(
+            f"memory of {limit / 2**20:.1f} MiB is too small: a sketch of one example needs "
+            f"{math.ceil((2 * needed(1) + sketch.nbytes) / _COUNTED / 2**20)} MiB"
+        )
     width = sum(min(sum(model.get_parameter(name).numel() for name in b.names), sketch.width) for b in found)
     together = classes if size == n else max(1, room // (2 * n * width * side.dtype.itemsize))
-    unit = torch.eye(classes, dtype=side.dtype, device=side.device)
     K = unit.new_zeros(sketch.groups, classes, n, n)
     with torch.no_grad():
         for some in chunks(classes, together):
@@ -152,6 +161,11 @@ class _Sketch:
         self.width = features * groups
         self._drawn: dict[str, Tensor] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Of the projections drawn so far."""
+        return sum(rows.nbytes for rows in self._drawn.values())
+
     def features(self, block: Block, tape: Tape, projected: dict[Use, Tensor]) -> Tensor | None:
         """Of the cotangents that have arrived, one an example; None where the outputs do not depend on it."""
         if isinstance(block, Direct):
@@ -190,9 +204,11 @@ class _Sketch:
         """[several · count, length]: each count of rows is orthonormal times √(length/count)."""
         if name not in self._drawn:
             g = generator(self._seed, f"kernels.sketch/{name}")
-            drawn = torch.randn(several, length, count, generator=g, dtype=torch.float64)
-            rows = torch.linalg.qr(drawn).Q.mT * math.sqrt(length / count)
-            self._drawn[name] = rows.flatten(0, 1).to(like)
+            rows = like.new_empty(several, count, length)
+            for part in rows:  # one by one: what a decomposition holds is many times the rows
+                drawn = torch.randn(length, count, generator=g, dtype=torch.float64)
+                part.copy_(torch.linalg.qr(drawn).Q.T * math.sqrt(length / count))
+            self._drawn[name] = rows.flatten(0, 1)
         return self._drawn[name]
 
     def _hashed(self, name: str, G: Tensor) -> Tensor:
