@@ -25,8 +25,9 @@ from joblib import Parallel, delayed
 
 from tangentlab.metrics import mean_interval
 from tangentlab.records import RunRecord, environment, read_run
-from tangentlab.runs import RunConfig, evaluate, load_config
+from tangentlab.runs import RunConfig, evaluate, load_config, resolve
 from tangentlab.runs.many import check_outcomes, train_many
+from tangentlab.runs.parsing import build_method
 from tangentlab.training import METHODS
 
 SEEDS, PAIRED_SEEDS = range(3), range(10)
@@ -113,11 +114,17 @@ def row(name: str, record: RunRecord) -> dict[str, Any]:
         "seed": record.config["seed"],
         "settings": record.config["method"],
         "commit": record.environment["commit"],
-        "cost": record.series("cost")[1][-1],
+        "cost": cost(resolve(record.config)),
         "train_seconds": record.status["train_seconds"],
         "robust_accuracy": dict(zip(("epoch", "value"), record.series("robust_accuracy"), strict=True)),
         "evaluations": lines,
     }
+
+
+def cost(config: RunConfig) -> float:
+    """Passes per training example of the whole training, in forwards."""
+    method = build_method(config)
+    return float(method.passes.cost * method.replays * config.training.epochs)
 
 
 def accuracy(row: dict[str, Any], checkpoint: str, attack: str, n: int) -> float | None:

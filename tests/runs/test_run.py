@@ -16,6 +16,7 @@ from tangentlab.files import read_tensors
 from tangentlab.runs import RunConfig, hooks, load_config, resolve, shipped_configs, train
 from tangentlab.runs.build import build_data, build_model, every_steps
 from tangentlab.runs.evaluation import count_correct
+from tiny import TINY
 
 Make = Callable[..., RunConfig]
 
@@ -89,6 +90,14 @@ def test_the_log_counts_what_the_method_costs(tiny_config: Make, tmp_path: Path)
     assert record.status["probe_seconds"] > 0
     # The untrained network is on the curve, but no candidate.
     assert record.status["best"]["robust_accuracy"] == max(record.series("robust_accuracy")[1][1:])
+
+
+def test_replays_of_a_batch_are_counted(tmp_path: Path) -> None:
+    tiny = [word for word in TINY if not word.startswith("--method")]
+    words = [*tiny, "--method=free", "--method.replays=4", "--training.epochs=2", "--probe.size=0"]
+    config = load_config("digits", words)
+    line = [line for line in train(config, tmp_path / "run").metrics if "cost" in line][-1]
+    assert (line["forwards"], line["input_backwards"], line["full_backwards"]) == (8, 0, 8)
 
 
 def test_the_best_checkpoint_is_chosen_on_the_validation_split(tiny_config: Make, tmp_path: Path) -> None:

@@ -49,10 +49,14 @@ class Display(Protocol):
 
 @dataclass
 class Log:
-    """Writes records with their step and epoch, and keeps the newest value of every name."""
+    """Writes records with their step and epoch, and keeps the newest value of every name.
+
+    An epoch takes every batch ``replays`` steps in a row.
+    """
 
     run: Run
     steps_per_epoch: int
+    replays: int = 1
     newest: dict[str, Any] = field(default_factory=dict)
 
     def epoch(self, step: int) -> float:
@@ -170,7 +174,7 @@ class Recording:
                 "train_loss": float(state.loss_sum / state.loss_count),
                 "learning_rate": state.learning_rate,
                 "summed_learning_rate": state.summed_learning_rate,
-                **cost(state, self.log.steps_per_epoch),
+                **cost(state, self.log),
                 **seconds(state),
             },
         )
@@ -288,15 +292,15 @@ def progress(checkpointing: Checkpointing, state: TrainingState) -> dict[str, An
         "epoch": log.epoch(state.step),
         "epochs": checkpointing.config.training.epochs,
         "best": checkpointing.evaluation.best,
-        **cost(state, log.steps_per_epoch),
+        **cost(state, log),
         **seconds(state),
     }
 
 
-def cost(state: TrainingState, steps_per_epoch: int) -> dict[str, float]:
+def cost(state: TrainingState, log: Log) -> dict[str, float]:
     """Passes so far per training example: a PGD-10 epoch is 11 forwards, 10 input and 1 full backwards."""
     counts = {**state.passes._asdict(), "cost": state.passes.cost}
-    return {name: count / steps_per_epoch for name, count in counts.items()}
+    return {name: count * log.replays / log.steps_per_epoch for name, count in counts.items()}
 
 
 def seconds(state: TrainingState) -> dict[str, float]:

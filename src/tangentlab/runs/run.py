@@ -222,7 +222,7 @@ def _hooks(
     interruption: Interruption,
     display: Display | None,
 ) -> tuple[Checkpointing, list[StepHook]]:
-    log = Log(run, per_epoch)
+    log = Log(run, per_epoch, build_method(config).replays)
     evaluation = Evaluation(
         config, examples.validation, log, every_steps(config.evaluation.every, per_epoch), steps
     )
