@@ -141,14 +141,14 @@ def _curvlinops(_spec: Spec, model: torch.nn.Module, x: Tensor) -> Callable[[Ten
 
 
 def eigenvalue(spec: Spec, model: torch.nn.Module) -> Spec:
-    """The largest eigenvalue to 1 %, and to a ten-thousandth for its error."""
+    """The largest eigenvalue, its residual below 0.3 %, and to a ten-thousandth for its error."""
     from tangentlab import NTKOperator, top_eigenpairs
 
     x = torch.rand(IMAGES, 3, 32, 32)
     before = memory("VmRSS")
     reset_peak()
     op = NTKOperator(model, x, batchnorm=spec["batchnorm"], memory=MEMORY[spec["width"]])
-    found, seconds = clocked(lambda: top_eigenpairs(op, 1, tolerance=0.01))
+    found, seconds = clocked(lambda: top_eigenpairs(op, 1, tolerance=0.003))
     growth = memory("VmHWM") - before
     true = top_eigenpairs(op, 1, tolerance=1e-4)
     return {
