@@ -58,10 +58,10 @@ def kernel_regression(
         ConvergenceWarning: out of products; the residual says how far it is.
 
     Example:
-        >>> kernel_regression(
-        ...     torch.diag(torch.tensor([1.0, 3.0])), torch.tensor([2.0, 4.0]), ridge=1.0
-        ... ).coefficients
-        tensor([1., 1.])
+        >>> model = torch.nn.Linear(1, 1, bias=False)  # Θ = x·x'
+        >>> op = NTKOperator(model, torch.tensor([[1.0]]))
+        >>> kernel_regression(op, torch.tensor([[4.0]]), ridge=1.0).coefficients
+        tensor([[2.]])
     """
     from scipy.sparse.linalg import LinearOperator, cg
 
