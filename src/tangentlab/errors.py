@@ -61,8 +61,8 @@ class ConvergenceWarning(UserWarning):
 def unknown_choice(what: str, value: object, choices: Iterable[str]) -> str:
     """One line for an unknown name: echoes it, suggests the nearest, lists the choices.
 
-    >>> unknown_choice("norm", "l3", ["linf", "l2"])
-    "norm 'l3' is unknown; did you mean 'l2'? Choose from 'linf', 'l2'"
+    >>> unknown_choice("norm", "lnf", ["linf", "l2"])
+    "norm 'lnf' is unknown; did you mean 'linf'? Choose from 'linf', 'l2'"
     """
     names = list(choices)
     near = nearest(str(value), names)
