@@ -52,7 +52,7 @@ def main() -> None:
         growth(lambda: ntk(model, x[:41], x[50:73], kind="class", memory="32MiB")),
         growth(lambda: sketched_ntk(model, x, memory="32MiB")),
         growth(lambda: NTKOperator(model, x, memory="32MiB") @ torch.ones(384, 3)),
-        growth(lambda: NTKOperator(model, x[:13], batchnorm="batch", memory="32MiB") @ torch.ones(52)),
+        growth(lambda: NTKOperator(model, x[:11], batchnorm="batch", memory="32MiB") @ torch.ones(44)),
     )
     print(max(growths))  # noqa: T201
     print(len(x) * 4 * sum(p.nbytes for p in model.parameters()))  # noqa: T201

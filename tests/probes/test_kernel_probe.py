@@ -246,7 +246,7 @@ def test_a_sketch_is_near_and_says_how_near(model: nn.Module, points: tuple[Tens
         assert low <= sketched.values[name] <= high
         inside += low <= true.values[name] <= high
     assert 0.85 * len(numbers) < inside
-    near = ("entropy_rank", "top_mass", "specialization")
+    near = ("entropy_rank", "participation_ratio", "specialization")
     for name in (f"kernel/clean/class/{metric}" for metric in near):
         assert sketched.values[name] == pytest.approx(true.values[name], rel=0.1)
         assert sketched.values[name] != true.values[name]

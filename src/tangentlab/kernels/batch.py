@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from tangentlab.errors import KernelError
 from tangentlab.kernels.inputs import Inputs, cotangents
+from tangentlab.kernels.memory import bound_for, countable
 from tangentlab.kernels.products import chunks
 from tangentlab.kernels.reproducible import reproducible, require_statistics
 from tangentlab.kernels.sides import Side
 
-# The part of the bound that the count may fill; the rest is for what allocators and BLAS keep aside, and for
+# The share of the bound that the count may fill; the rest is for what allocators and BLAS keep aside, and for
 # the holes that many backwards leave in the heap.
 _COUNTED = 0.75
 
@@ -283,12 +284,11 @@ def _planned(left: Side, right: Side | None, kind: str, limit: int, dtype: torch
     fixed += 3 * max(p.nbytes for _, p in parameters)
     column = (held + block) * dtype.itemsize + max(p.element_size() for _, p in parameters)
     least = min(total, _LEAST_COLUMNS)
-    columns = min(total, int(_COUNTED * limit - fixed) // column)
+    columns = min(total, int(countable(limit, _COUNTED) - fixed) // column)
     if columns < least:
-        needed = -(-(fixed + least * column) / _COUNTED // 2**20)
         raise KernelError(
             f"memory of {limit / 2**20:.1f} MiB is too small: this model, kernel and batch "
-            f"need {needed:.0f} MiB"
+            f"need {bound_for(fixed + least * column, _COUNTED)} MiB"
         )
     groups = _groups([(name, p.numel()) for name, p in parameters], columns)
     if right is None:

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tangentlab.errors import KernelError
 from tangentlab.kernels.alone import dot
 from tangentlab.kernels.inputs import Inputs, apply, count, select
+from tangentlab.kernels.memory import bound_for, countable
 from tangentlab.kernels.products import chunks, most
 from tangentlab.kernels.reproducible import coarsest
 from tangentlab.kernels.sides import Side
@@ -33,7 +34,7 @@ Vector = list[Tensor]
 
 Route = Callable[[Side, Inputs, Sequence[Vector]], Tensor]
 
-# The part of the bound that the count may fill; the rest is for what allocators keep aside.
+# The share of the bound that the count may fill; the rest is for what allocators keep aside.
 _COUNTED = 0.75
 
 # Bytes of a graph that is kept, beyond which examples are cut in parts: a larger one is no faster.
@@ -78,7 +79,9 @@ class Jacobian:
             weight = side.weighed.at(n)
             return weight.total + _TANGENTS * weight.largest
 
-        room = int(_COUNTED * limit) - 3 * vector  # a sum, the gradient added to it, and one in the making
+        room = (
+            int(countable(limit, _COUNTED)) - 3 * vector
+        )  # a sum, the gradient added to it, and one in the making
         self._kept = needed(side.n) <= room
         if side.batch:
             self._size = side.n
@@ -88,10 +91,9 @@ class Jacobian:
             self._size = most(lambda n: needed(n) <= room / 2, side.n)
         together = needed(side.n if self._kept else self._size)
         if together > room:
-            least = math.ceil((together + 3 * vector) / _COUNTED / 2**20)
             raise KernelError(
                 f"memory of {limit / 2**20:.1f} MiB is too small: products with the Jacobian of "
-                f"{self._size} examples at once need {least} MiB"
+                f"{self._size} examples at once need {bound_for(together + 3 * vector, _COUNTED)} MiB"
             )
         self.columns = 1 + (room - together) // vector
         self._graphs: list[tuple[slice, Tensor]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,28 @@ def bytes_of(memory: int | str) -> int:
             f"{', '.join(_UNITS)}, as in '2GiB'"
         )
     return size
+
+
+# What libraries keep aside however small the work is: oneDNN's scratch pads, holes in the allocator's heap.
+_ASIDE = 4 * 2**20
+
+
+def countable(limit: int, share: float) -> float:
+    """Bytes that a count may fill of a bound: a share of it but for a fixed part, or half of a small one.
+
+    >>> countable(2 * 2**30, 0.75) / 2**20, countable(2**20, 0.75) / 2**20
+    (1532.0, 0.5)
+    """
+    return max(limit / 2, share * limit - _ASIDE)
+
+
+def bound_for(counted: float, share: float) -> int:
+    """The least bound in whole MiB of which so many bytes are :func:`countable`.
+
+    >>> bound_for(1532 * 2**20, 0.75), bound_for(0.5 * 2**20, 0.75)
+    (2048, 1)
+    """
+    return math.ceil(min(2 * counted, (counted + _ASIDE) / share) / 2**20)
 
 
 class Saved:

@@ -27,7 +27,7 @@ from tangentlab.kernels.blocks import Block, Option, Replayed, Shape
 from tangentlab.kernels.capture import Tape, consumers
 from tangentlab.kernels.costs import Costs
 from tangentlab.kernels.inputs import Inputs, apply, mapped, select
-from tangentlab.kernels.memory import Saved
+from tangentlab.kernels.memory import Saved, bound_for, countable
 from tangentlab.kernels.products import chunks
 from tangentlab.kernels.structure import Structure, blocks, taped
 from tangentlab.kernels.uses import Convolution, Use
@@ -35,7 +35,7 @@ from tangentlab.kernels.uses import Convolution, Use
 # Two slices of examples that meet in one tile; right None where a slice meets itself.
 Pass = tuple[slice, slice | None]
 
-# The part of the bound that the count may fill; the rest is for what allocators and BLAS keep aside.
+# The share of the bound that the count may fill; the rest is for what allocators and BLAS keep aside.
 _COUNTED = 0.85
 
 
@@ -190,17 +190,17 @@ def settle(
     for passes in _tilings(*sizes):
         tile = max(left + (right or 0) for left, right in map(_sizes, passes))
         held = fixed + tile * (each + once.pending + once.backward) + 6 * item * (tile * rows) ** 2
-        room = (_COUNTED * limit - held) / item
+        room = (countable(limit, _COUNTED) - held) / item
         shape = (tile, None) if any(right is None for _, right in passes) else _sizes(passes[0])
         if room > 0:
             chosen, total = _chosen(options(*shape), room, costs.workspace)
             if total <= room:
                 break
     else:
-        needed = (held + item * _chosen(options(*shape), 0.0, costs.workspace)[1]) / _COUNTED
+        needed = held + item * _chosen(options(*shape), 0.0, costs.workspace)[1]
         raise KernelError(
             f"memory of {limit / 2**20:.1f} MiB is too small: tiles of the least size need "
-            f"{-(-needed // 2**20):.0f} MiB for this model and kernel"
+            f"{bound_for(needed, _COUNTED)} MiB for this model and kernel"
         )
     kept = sum(option.kept for option in chosen if option is not None)
     least = max((option.space for option in chosen if option is not None), default=0)

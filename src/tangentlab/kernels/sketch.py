@@ -23,6 +23,7 @@ from tangentlab.kernels.blocks import Block, in_turn
 from tangentlab.kernels.capture import Tape
 from tangentlab.kernels.direct import Direct
 from tangentlab.kernels.inputs import Inputs, moved, select
+from tangentlab.kernels.memory import bound_for, countable
 from tangentlab.kernels.ntk import Request, checked
 from tangentlab.kernels.products import chunks, most
 from tangentlab.kernels.sides import Side
@@ -34,7 +35,7 @@ from tangentlab.randomness import generator
 # Rows of an S and of a Z: the error is about √(5/rows) in all, no less with larger ones.
 _SIDE = 4
 
-# The part of the bound that the count may fill.
+# The share of the bound that the count may fill.
 _COUNTED = 0.75
 
 
@@ -100,7 +101,7 @@ def _kernels(request: Request, x: Inputs, sketch: _Sketch, limit: int) -> Tensor
         _features(found, tape, unit[0], sketch, tried)
     sizes = [t.nbytes // len(tape) for t in tried.values()]
     beside = sum(sizes) + 2 * max(sizes, default=0)
-    room = int(_COUNTED * limit) - sketch.nbytes
+    room = int(countable(limit, _COUNTED)) - sketch.nbytes
     del tape, tried
 
     def needed(k: int) -> int:
@@ -110,7 +111,7 @@ def _kernels(request: Request, x: Inputs, sketch: _Sketch, limit: int) -> Tensor
     if needed(size) > room / 2:
         raise KernelError(
             f"memory of {limit / 2**20:.1f} MiB is too small: a sketch of one example needs "
-            f"{math.ceil((2 * needed(1) + sketch.nbytes) / _COUNTED / 2**20)} MiB"
+            f"{bound_for(2 * needed(1) + sketch.nbytes, _COUNTED)} MiB"
         )
     width = sum(min(sum(model.get_parameter(name).numel() for name in b.names), sketch.width) for b in found)
     together = classes if size == n else max(1, room // (2 * n * width * side.dtype.itemsize))
