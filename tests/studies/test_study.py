@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tangentlab.cli import main
-from tangentlab.errors import ConfigError, RunFolderError
+from tangentlab.errors import ConfigError, RunFolderError, TangentlabError
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig
 from tangentlab.runs.evaluation import kept_checkpoints
@@ -67,6 +68,25 @@ def test_a_study_goes_on(measured: list[str], tmp_path: Path) -> None:
     written = json.loads((tmp_path / "study.json").read_text())
     assert written.pop("environment")
     assert written == found == judge_study(tmp_path)
+
+
+def test_values_alone_are_gone_on_with(measured: list[str], tmp_path: Path) -> None:
+    run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
+    shutil.rmtree(tmp_path / "runs")
+    found = run_study("evolution", tmp_path, tier=0, seeds=[0, 1, 2])
+    assert measured == ["tiny-0", "tiny-1", "tiny-2"]
+    assert [run.name for run in (tmp_path / "runs").iterdir()] == ["tiny-2"]
+    assert len(found["claims"][0]["values"]) == 3
+
+
+def test_a_run_that_fails_leaves_the_other_seeds(measured: list[str], tmp_path: Path) -> None:
+    run_study(
+        "evolution", tmp_path, tier=0, seeds=[0]
+    )  # another configuration's run, where seed 1's is to be
+    (tmp_path / "runs" / "tiny-0").rename(tmp_path / "runs" / "tiny-1")
+    with pytest.raises(TangentlabError, match="1 of 2 runs failed: tiny-1"):
+        run_study("evolution", tmp_path, tier=0, seeds=[0, 1, 2])
+    assert {line["seed"] for line in read_values(tmp_path)} == {0, 2}
 
 
 def test_a_measurement_that_is_stopped_leaves_the_others(

@@ -22,7 +22,7 @@ from tangentlab.errors import ConfigError, RunFolderError, unknown_choice
 from tangentlab.files import finite, json_bytes, write_atomic
 from tangentlab.records import SCHEMA, environment, read_values
 from tangentlab.report.values import ValueFigure
-from tangentlab.runs import RunConfig, check_outcomes, train_many
+from tangentlab.runs import Outcome, RunConfig, check_outcomes, train_many
 from tangentlab.runs.hooks import Display
 from tangentlab.studies.claims import Claim, Verdict
 
@@ -78,29 +78,43 @@ def run_study(
     jobs: int = 1,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Train what is not trained, measure what is not measured, judge, and return study.json.
+    """Seed by seed, train what is not trained and measure what is not measured; judge, and return study.json.
 
-    The same call again goes on; more seeds may be added.
+    The same call again goes on; more seeds may be added. A seed whose values are all there needs its runs no
+    more, so that a folder with config.yaml and values.jsonl alone goes on, on another machine too.
 
     Raises:
         ConfigError: an unknown study or tier, or ``out`` holds another study.
         InterruptedRunError: Ctrl-C; the same call goes on.
+        TangentlabError: runs failed; the other seeds are measured, but nothing is judged anew.
     """
     study, folder = load_study(name), Path(out)
     if tier not in TIERS:
         raise ConfigError(unknown_choice("tier", tier, map(str, TIERS)))
     _claim_folder(folder, study, tier, seeds)
-    runs = {folder / "runs" / key: config for key, config in study.runs(tier, seeds).items()}
-    check_outcomes(train_many(runs, jobs=jobs, display=display))
     known = {line["run"] for line in read_values(folder)}
-    left = [run for run in runs if run.name not in known]
-    measured = Parallel(n_jobs=jobs, return_as="generator")(
-        delayed(_measured)(name, run, runs[run]) for run in left
-    )
-    for run, lines in zip(left, measured, strict=True):
-        _append(folder, lines)
-        if display is not None:
-            display.note(f"{run.name}: measured")
+    outcomes: list[Outcome] = []
+    for seed in dict.fromkeys(seeds):
+        runs = {folder / "runs" / key: config for key, config in study.runs(tier, [seed]).items()}
+        left = [run for run in runs if run.name not in known]
+        if not left:
+            continue
+        # All of the seed: a measurement may read the runs beside its own.
+        trained = train_many(runs, jobs=jobs, display=display)
+        outcomes += trained
+        states = {outcome.state for outcome in trained}
+        if "interrupted" in states:
+            break
+        if "failed" in states:
+            continue
+        measured = Parallel(n_jobs=jobs, return_as="generator")(
+            delayed(_measured)(name, run, runs[run]) for run in left
+        )
+        for run, lines in zip(left, measured, strict=True):
+            _append(folder, lines)
+            if display is not None:
+                display.note(f"{run.name}: measured")
+    check_outcomes(outcomes)
     found = judge_study(folder)
     write_atomic(folder / "study.json", json_bytes({**found, "environment": environment()}))
     return found
