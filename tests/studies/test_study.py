@@ -80,9 +80,8 @@ def test_values_alone_are_gone_on_with(measured: list[str], tmp_path: Path) -> N
 
 
 def test_a_run_that_fails_leaves_the_other_seeds(measured: list[str], tmp_path: Path) -> None:
-    run_study(
-        "evolution", tmp_path, tier=0, seeds=[0]
-    )  # another configuration's run, where seed 1's is to be
+    run_study("evolution", tmp_path, tier=0, seeds=[0])
+    # Another configuration's run lies where seed 1's is to be.
     (tmp_path / "runs" / "tiny-0").rename(tmp_path / "runs" / "tiny-1")
     with pytest.raises(TangentlabError, match="1 of 2 runs failed: tiny-1"):
         run_study("evolution", tmp_path, tier=0, seeds=[0, 1, 2])

@@ -79,9 +79,8 @@ class Jacobian:
             weight = side.weighed.at(n)
             return weight.total + _TANGENTS * weight.largest
 
-        room = (
-            int(countable(limit, _COUNTED)) - 3 * vector
-        )  # a sum, the gradient added to it, and one in the making
+        # Beside the work stand a sum, the gradient added to it, and one in the making.
+        room = int(countable(limit, _COUNTED)) - 3 * vector
         self._kept = needed(side.n) <= room
         if side.batch:
             self._size = side.n
