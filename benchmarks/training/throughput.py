@@ -217,7 +217,7 @@ def ours(spec: dict[str, Any], model: nn.Module, optimizer: Any, batches: Any) -
     def step(number: int) -> None:
         train(
             state,
-            method=lambda _: method,
+            controller=lambda _: method,
             batch=lambda k: TrainingBatch(*batches.batch(k)[:2]),
             learning_rate=lambda _: 0.01,
             steps=number + 1,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tangentlab import attacks, metrics, modes, training
     from tangentlab.kernels import NTKOperator, ntk
     from tangentlab.metrics import top_eigenpairs
-    from tangentlab.probes import KernelProbe
+    from tangentlab.probes import KernelProbe, LazySwitch
     from tangentlab.randomness import generator
     from tangentlab.records import Measurement, Run, RunRecord, read_run
     from tangentlab.report import write_report
@@ -30,6 +30,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "NTKOperator": ("kernels", "NTKOperator"),
     "top_eigenpairs": ("metrics", "top_eigenpairs"),
     "KernelProbe": ("probes", "KernelProbe"),
+    "LazySwitch": ("probes", "LazySwitch"),
     "generator": ("randomness", "generator"),
     "Measurement": ("records", "Measurement"),
     "Run": ("records", "Run"),
@@ -46,6 +47,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
 
 __all__ = [
     "KernelProbe",
+    "LazySwitch",
     "Measurement",
     "NTKOperator",
     "Run",

@@ -48,20 +48,25 @@ def contents(folder: Path) -> dict[str, Any]:
         found[path.name + " place"] = {
             k: without_seconds(v)
             for k, v in metadata.items()
-            if k in ("step", "passes", "summed_learning_rate")
+            if k in ("step", "passes", "steering", "summed_learning_rate")
         }
     return found
 
 
 @pytest.fixture
 def config(tiny_config: Make) -> RunConfig:
-    return tiny_config("--probe.every=0.34", "--evaluation.every=0.67")
+    """Everything that goes on where it was: the probe, a switch that turns, what methods keep."""
+    switch = "rule=kernel every=0.34 size=10 threshold=0.9 resume=1.2 patience=1 held_out=20 max_fall=0.5"
+    words = [f"--switch.{word}" for word in switch.split()]
+    return tiny_config("--probe.every=0.34", "--evaluation.every=0.67", *words)
 
 
 @pytest.fixture
 def whole(config: RunConfig, tmp_path: Path) -> dict[str, Any]:
     assert killed.run(config, tmp_path / "whole") == 0
-    return contents(tmp_path / "whole")
+    found = contents(tmp_path / "whole")
+    assert {line.get("switch/phase") for line in found["metrics"]} == {None, "full", "cheap"}
+    return found
 
 
 def test_killed_at_any_file_operation(config: RunConfig, whole: dict[str, Any], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tangentlab.files import read_tensors
 from tangentlab.runs import RunConfig, hooks, load_config, resolve, shipped_configs, train
 from tangentlab.runs.build import build_data, build_model, every_steps
 from tangentlab.runs.evaluation import count_correct
+from tangentlab.runs.parsing import dump
 from tiny import TINY
 
 Make = Callable[..., RunConfig]
@@ -98,6 +99,70 @@ def test_replays_of_a_batch_are_counted(tmp_path: Path) -> None:
     config = load_config("digits", words)
     line = [line for line in train(config, tmp_path / "run").metrics if "cost" in line][-1]
     assert (line["forwards"], line["input_backwards"], line["full_backwards"]) == (8, 0, 8)
+
+
+def test_a_switch_is_counted_and_logged_with_its_evidence(tiny_config: Make, tmp_path: Path) -> None:
+    words = ["--method.num_steps=4", "--switch.rule=fixed", "--switch.epoch=1", "--switch.held_out=30"]
+    record = train(tiny_config(*words, "--switch.to=fgsm_rs", "--switch.every=1"), tmp_path / "run")
+    costs = {line["epoch"]: line for line in record.metrics if "cost" in line}
+    assert [costs[epoch]["input_backwards"] for epoch in (1, 2, 3)] == [4, 5, 6]
+    # PGD-5 and a forward on 30 points at epoch 1 and 2, over 120 examples.
+    assert costs[3]["steering_cost"] == 2 * 30 * 11 / 120
+    assert costs[3]["cost"] == (5 + 4 + 2) + 2 * (2 + 1 + 2) + costs[3]["steering_cost"]
+    assert record.status["steering_seconds"] > 0
+    looks = [line for line in record.metrics if "switch/phase" in line]
+    assert [(look["epoch"], look["switch/phase"]) for look in looks] == [
+        (0, "full"),
+        (1, "cheap"),
+        (2, "cheap"),
+    ]
+    assert looks[1]["switch/reason"] == "step 3 is reached"
+    assert looks[2]["switch/robust_accuracy"] >= looks[2]["switch/least_robust_accuracy"]
+    assert looks[2]["switch/least_robust_accuracy"] >= looks[1]["switch/robust_accuracy"] - 0.05
+
+
+def test_lazy_is_pgd_with_the_kernels_switch_to_what_it_kept(tmp_path: Path) -> None:
+    lazy = load_config("digits", ["--method=lazy", "--method.num_steps=7", "--eps=0.2"])
+    assert lazy.method["name"] == "pgd"
+    assert lazy.method["num_steps"] == 7
+    assert lazy.method["keep_perturbations"]
+    assert lazy.switch.rule == "kernel"
+    assert lazy.switch.to["name"] == "atta"
+    assert lazy.switch.to["eps"] == 0.2
+    assert resolve(lazy.to_dict()) == lazy
+    other = load_config("digits", ["--method=lazy", "--switch.to=pgd", "--switch.to.num_steps=2"])
+    assert not other.method["keep_perturbations"]
+    assert other.switch.to["step_size"] == other.eps / 4
+    (tmp_path / "config.yaml").write_text(dump(other))
+    again = load_config(tmp_path, ["--eps=0.4"])
+    assert again.switch.to["eps"] == 0.4
+    assert again.switch.to["step_size"] == 0.1
+    plain = load_config("digits", [])
+    assert resolve(plain.to_dict()) == plain
+    assert plain.switch.to == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--switch.to=fgsm"], "switch.to is given, but switch.rule is 'none'"),
+        (
+            ["--switch.rule=kernel", "--switch.to=free"],
+            "takes each batch 8 times in a row and method 'pgd' 1",
+        ),
+        (["--switch.rule=kernel", "--switch.to=fgs"], "switch.to 'fgs' is unknown; did you mean 'fgsm'"),
+        (["--switch.rule=fixed", "--switch.epoch=-1"], "switch.epoch=-1.0 is out of range"),
+        (["--switch.rule=kernel", "--switch.every=0"], "switch.every=0.0 is out of range"),
+        (["--switch.rule=kernel", "--switch.threshold=0"], "threshold=0.0 and resume"),
+        (["--switch.rule=sometimes"], "switch.rule 'sometimes' is unknown"),
+        (["--switch.rule=kernel", "--switch.to.epss=1"], "did you mean 'switch.to.eps'"),
+        (["--method=lazzy"], "did you mean 'lazy'"),
+    ],
+)
+def test_a_switch_that_cannot_be_is_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(load_config("digits", words), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_best_checkpoint_is_chosen_on_the_validation_split(tiny_config: Make, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def run(state: TrainingState, method: Method, steps: int, **options: object) -> 
         "make": make,
         **options,
     }
-    train(state, method=lambda _: method, steps=steps, **settings)
+    train(state, controller=lambda _: method, steps=steps, **settings)
 
 
 def loss_of(method: Method, model: nn.Module, drawn: Batch, memory: Memory | None = None) -> Tensor:
@@ -300,6 +300,26 @@ def test_a_resumed_training_equals_the_uninterrupted_one(method: Method, tmp_pat
     assert whole.summed_learning_rate == resumed.summed_learning_rate
     for a, b in zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
         assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+
+
+@every_adversarial
+def test_a_method_keeps_perturbations_where_another_starts(method: Adversarial) -> None:
+    """ATTA's first step after another method is from what that one's last epoch crafted."""
+    if method.replays > 1:
+        pytest.skip("takes each batch several times, which ATTA does not")
+    kept = replace(method, keep_perturbations=True)
+    state, plain = state_of(Counting()), state_of(Counting())
+    run(state, kept, 2)
+    run(plain, method, 2)
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, state.model.state_dict()[name]), name
+    x = batch(2).x
+    crafted = plain.model.seen[method.passes.forwards - 1]
+    delta = state.memory.tensors["perturbation"][batch(2).index]
+    assert torch.equal(delta, crafted - x)
+    run(state, ATTATraining(EPS, reset_epochs=10), 3)
+    first = state.model.seen[len(plain.model.seen)]
+    assert torch.allclose(first, (x + delta.clamp(-EPS, EPS)).clamp(0, 1))
 
 
 @every_adversarial

@@ -1,4 +1,4 @@
-"""Probes: what is measured along a run."""
+"""Probes: what is measured along a run, and what is concluded from it."""
 
 from tangentlab.probes.change import (
     AdversarialChange,
@@ -8,10 +8,13 @@ from tangentlab.probes.change import (
     output_change,
 )
 from tangentlab.probes.kernel_probe import KernelProbe
+from tangentlab.probes.lazy_switch import LazySwitch, Look
 
 __all__ = [
     "AdversarialChange",
     "KernelProbe",
+    "LazySwitch",
+    "Look",
     "OutputChange",
     "adversarial_change",
     "drift_only",

@@ -20,7 +20,7 @@ from tangentlab.runs.build import (
 )
 from tangentlab.runs.config import RunConfig
 from tangentlab.runs.parsing import build_method
-from tangentlab.training import Step, train
+from tangentlab.training import Step, TrainingState, train
 
 
 @dataclass
@@ -71,14 +71,15 @@ def train_again(
     state.step = step
     done: list[Repeated] = []
 
-    def begin(at: int) -> Any:
-        done.append(Repeated(rate(min(at, total - 1)), []))
-        return method(min(at, total - 1))
+    def begin(state: TrainingState) -> Any:
+        at = min(state.step, total - 1)
+        done.append(Repeated(rate(at), []))
+        return method(at)
 
     with _recorded(model, lambda term: done[-1].terms.append(term)):
         train(
             state,
-            method=begin,
+            controller=begin,
             batch=lambda at: training_batch(batches, at // replays, len(examples.train)),
             learning_rate=lambda at: rate(min(at, total - 1)),
             steps=step + steps,

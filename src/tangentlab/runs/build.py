@@ -6,18 +6,19 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tangentlab import data, modes, randomness
 from tangentlab.attacks import FGSM, PGD, Attack
 from tangentlab.errors import ConfigError, ModelError, TangentlabError, first_line
 from tangentlab.models import Normalize, NormalizeEach, check_output, model_class
-from tangentlab.probes import KernelProbe
+from tangentlab.probes import KernelProbe, LazySwitch
 from tangentlab.runs.config import RunConfig
-from tangentlab.runs.parsing import FROM_DATA, build_method
+from tangentlab.runs.parsing import FROM_DATA, build_cheaper_method, build_method
 from tangentlab.training import SCHEDULES, Batch, Method, Share, TrainingState
 from tangentlab.training.schedules import piecewise
 
@@ -153,19 +154,19 @@ def _schedule(config: RunConfig, name: str) -> Callable[[float], float]:
     return SCHEDULES[name]
 
 
-def method_schedule(config: RunConfig, steps: int) -> Callable[[int], Method]:
-    """step -> the method with that step's eps and step_size.
+def method_schedule(config: RunConfig, steps: int, *, cheaper: bool = False) -> Callable[[int], Method]:
+    """step -> the method, or the one that the switch turns to, with that step's eps and step_size.
 
     Raises:
         ConfigError: eps has a schedule and the method no eps.
     """
-    method = build_method(config)
+    method: Any = build_cheaper_method(config) if cheaper else build_method(config)
     if config.training.eps_schedule == "constant":
         return lambda _: method
     if not hasattr(method, "eps"):
+        name = (config.switch.to if cheaper else config.method)["name"]
         raise ConfigError(
-            f"training.eps_schedule={config.training.eps_schedule!r}, but method "
-            f"{config.method['name']!r} has no eps"
+            f"training.eps_schedule={config.training.eps_schedule!r}, but method {name!r} has no eps"
         )
     schedule = _schedule(config, config.training.eps_schedule)
 
@@ -189,20 +190,47 @@ def build_probe(config: RunConfig, examples: Examples) -> KernelProbe | None:
     """The probe on class-balanced training examples: clean, FGSM and PGD inputs; None for size 0."""
     if not config.probe.size:
         return None
-    index = data.class_balanced(examples.train.labels, config.probe.size, seed=config.seed)
     attacks: Mapping[str, Attack | None] = {
         "clean": None,
         "fgsm": FGSM(config.eps),
         "pgd": build_attack(config, num_steps=config.probe.num_steps),
     }
     return KernelProbe(
-        examples.train.x(index),
-        examples.train.labels[index],
+        *_watched(config, examples, config.probe.size),
         inputs=attacks,
         seed=config.seed,
         memory=config.probe.memory,
         sketch=config.probe.sketch,
     )
+
+
+def build_switch(config: RunConfig, examples: Examples, steps_per_epoch: int) -> LazySwitch:
+    """The switch on class-balanced training examples, its safety net on validation examples."""
+    setting = config.switch
+    attack = build_attack(config, num_steps=setting.num_steps)
+    held_out = examples.validation.select(torch.arange(min(setting.held_out, len(examples.validation))))
+    return LazySwitch(
+        *_watched(config, examples, setting.size),
+        every=every_steps(setting.every, steps_per_epoch),
+        attack=attack if setting.inputs == "pgd" else None,
+        at=round(setting.epoch * steps_per_epoch) if setting.rule == "fixed" else None,
+        threshold=setting.threshold,
+        resume=setting.resume,
+        patience=setting.patience,
+        return_on_drop=setting.return_on_drop,
+        held_out=(held_out.x(), held_out.labels) if setting.held_out else None,
+        guard=attack if setting.held_out else None,
+        max_fall=setting.max_fall,
+        seed=config.seed,
+        sketch=setting.sketch,
+        memory=config.probe.memory,
+    )
+
+
+def _watched(config: RunConfig, examples: Examples, size: int) -> tuple[Tensor, Tensor]:
+    """Class-balanced training examples and their labels."""
+    index = data.class_balanced(examples.train.labels, size, seed=config.seed)
+    return examples.train.x(index), examples.train.labels[index]
 
 
 def resolve_device(name: str) -> torch.device:

@@ -164,6 +164,51 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class SwitchConfig:
+    """When the method gives way to a cheaper one, and comes back: see tangentlab.LazySwitch.
+
+    Args:
+        rule: none; fixed, at an epoch; or kernel, in its lazy stage.
+        to: {"name": ..., settings}, the cheaper method; atta by default, one step from what the method kept.
+        epoch: of the fixed rule.
+        every: epochs between looks; fractions are allowed.
+        size: class-balanced training examples whose kernel is watched.
+        inputs: what it is watched on, clean or pgd.
+        threshold: lazy below this share of the fastest velocity since the learning rate last fell.
+        resume: learning again above this share.
+        patience: looks in a row.
+        return_on_drop: come back where the learning rate falls to half or less between two looks.
+        held_out: validation examples of the safety net; 0 for none.
+        max_fall: come back where robust accuracy on them falls by this much.
+        num_steps: PGD steps of the safety net, and of the pgd inputs.
+        sketch: features of random projections; null for exact kernels.
+    """
+
+    rule: Literal["none", "fixed", "kernel"] = "none"
+    to: Mapping[str, Any] = field(default_factory=dict)
+    epoch: float = 0.0
+    every: float = 0.25
+    size: int = 20
+    inputs: Literal["clean", "pgd"] = "clean"
+    threshold: float = 0.1
+    resume: float = 0.2
+    patience: int = 2
+    return_on_drop: bool = True
+    held_out: int = 0
+    max_fall: float = 0.05
+    num_steps: int = 5
+    sketch: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.every < math.inf:
+            raise ConfigError(f"switch.every={self.every} is out of range; above 0")
+        if not 0 <= self.epoch < math.inf:
+            raise ConfigError(f"switch.epoch={self.epoch} is out of range; at least 0")
+        for name, least in (("size", 2), ("num_steps", 1), ("held_out", 0), ("sketch", 1)):
+            _at_least(f"switch.{name}", getattr(self, name), least)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run.
 
@@ -174,10 +219,12 @@ class RunConfig:
             A method's own eps is this one unless it says otherwise, its step_size a quarter of its eps.
         data: the data set.
         model: {"name": ..., settings}; the name is small_cnn, mlp, preactresnet18 or package.module:Class.
-        method: {"name": ..., settings}; the name is one of tangentlab.training.METHODS.
+        method: {"name": ..., settings}; the name is one of tangentlab.training.METHODS. "lazy" is written
+            for pgd with the switch's rule kernel.
         training: the optimizer.
         evaluation: what is evaluated and how often.
         probe: the kernel probe.
+        switch: between the method and a cheaper one.
         device: auto (cuda where there is one, else cpu), cpu or cuda.
         precision: fp32, or bf16 for training steps in mixed precision; evaluation and kernels are fp32.
         channels_last: lay images and convolutions out with the channels last; rounding depends on it.
@@ -194,6 +241,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    switch: SwitchConfig = field(default_factory=SwitchConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False

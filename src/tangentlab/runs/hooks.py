@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from tangentlab.attacks import FGSM
 from tangentlab.data import Split
 from tangentlab.errors import InterruptedRunError, KernelError
@@ -45,6 +47,14 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """One line about any run."""
         ...
+
+
+class Remembering(Protocol):
+    """What is carried from one look at a run to the next, as plain tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass
@@ -184,12 +194,15 @@ class Recording:
 
 @dataclass
 class Checkpointing:
-    """Saves the training state at the end of each epoch, every five minutes, and when asked to stop."""
+    """Saves the training state at the end of each epoch, every five minutes, and when asked to stop.
+
+    ``remembering`` are what else goes on where it was, by name.
+    """
 
     config: RunConfig
     log: Log
     evaluation: Evaluation
-    probe: KernelProbe | None
+    remembering: Mapping[str, Remembering]
     steps: int
     interruption: Interruption
     saved: float = field(default_factory=time.monotonic)
@@ -211,7 +224,11 @@ class Checkpointing:
             "best": self.evaluation.best,
             "newest": self.log.newest,
         }
-        tensors = self.probe.state_dict() if self.probe else {}
+        tensors = {
+            f"{name}/{key}": tensor
+            for name, one in self.remembering.items()
+            for key, tensor in one.state_dict().items()
+        }
         save_checkpoint(checkpoint_path(self.log.run.folder, "last"), state, extra, tensors)
         self.log.run.write_status(state="running", **progress(self, state))
         self.saved = time.monotonic()
@@ -299,7 +316,8 @@ def progress(checkpointing: Checkpointing, state: TrainingState) -> dict[str, An
 
 def cost(state: TrainingState, log: Log) -> dict[str, float]:
     """Passes so far per training example: a PGD-10 epoch is 11 forwards, 10 input and 1 full backwards."""
-    counts = {**state.passes._asdict(), "cost": state.passes.cost}
+    counts = {**state.passes._asdict(), "cost": state.cost}
+    counts |= {"steering_cost": state.steering} if state.steering else {}
     return {name: count * log.replays / log.steps_per_epoch for name, count in counts.items()}
 
 

@@ -21,12 +21,14 @@ import yaml
 from tangentlab.errors import ConfigError, ModelError, TangentlabError, first_line, nearest, unknown_choice
 from tangentlab.models import model_class
 from tangentlab.records import SCHEMA
-from tangentlab.runs.config import RunConfig
-from tangentlab.training import METHODS
+from tangentlab.runs.config import RunConfig, SwitchConfig
+from tangentlab.training import METHODS, Method
 
 # The parts of a RunConfig: fixed sections, and those whose settings depend on a name.
-SECTIONS = ("data", "training", "evaluation", "probe")
-CHOSEN = ("model", "method")
+SECTIONS = ("data", "training", "evaluation", "probe", "switch")
+CHOSEN = ("model", "method", "switch.to")
+LAZY = "lazy"  # a method's name for PGD training that the kernel's switch makes cheaper
+SWITCHED_TO = "atta"
 # What a model's constructor is given by the data set and not by the configuration.
 FROM_DATA = {"input_shape", "num_classes"}
 PLAIN = (int, float, str, list, tuple, type(None))
@@ -65,7 +67,7 @@ def resolve(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> R
     >>> resolve({"eps": "8/255", "method": {"name": "pgd"}}).method["step_size"] == 2 / 255
     True
     """
-    values = {str(key): _numbers(str(key), value) for key, value in values.items()}
+    values = _expanded({str(key): _numbers(str(key), value) for key, value in values.items()})
     schema = values.pop("schema", SCHEMA)
     if schema != SCHEMA:
         raise ConfigError(f"schema {schema!r} is unknown; this version reads {SCHEMA}")
@@ -82,7 +84,12 @@ def resolve(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> R
     for section in SECTIONS:
         parsed[section] = type(getattr(defaults, section))(**parsed[section])
     config = RunConfig(**parsed)
-    build_method(config)
+    method, cheaper = build_method(config), build_cheaper_method(config)
+    if cheaper is not None and cheaper.replays != method.replays:
+        raise ConfigError(
+            f"switch.to {config.switch.to['name']!r} takes each batch {cheaper.replays} times in a row and "
+            f"method {config.method['name']!r} {method.replays}; they must agree"
+        )
     return config
 
 
@@ -91,33 +98,37 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip()
 
 
-def build_method(config: RunConfig) -> Any:
+def build_method(config: RunConfig) -> Method:
     """The method's frozen settings object; raises ConfigError where one is out of range."""
-    return METHODS[config.method["name"]](**{k: v for k, v in config.method.items() if k != "name"})
+    return _method(config.method)
+
+
+def build_cheaper_method(config: RunConfig) -> Method | None:
+    """The method that the switch turns to; None without a switch. Raises ConfigError likewise."""
+    return _method(config.switch.to) if config.switch.rule != "none" else None
+
+
+def _method(settings: Mapping[str, Any]) -> Method:
+    return METHODS[settings["name"]](**{key: value for key, value in settings.items() if key != "name"})
 
 
 def config_parser(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> Any:
     """A jsonargparse parser for the sections of RunConfig and the settings of the model and method named."""
     from jsonargparse import ArgumentParser
 
-    eps = values.get("eps", RunConfig.eps)
+    values = _expanded(values)
     defaults = RunConfig()
-    model_name = _name(values, "model", defaults.model["name"])
-    method_name = _name(values, "method", defaults.method["name"])
-    if method_name not in METHODS:
-        raise ConfigError(unknown_choice("method", method_name, METHODS))
     parser = ArgumentParser(exit_on_error=False, prog="tangentlab train CONFIG", usage="%(prog)s [options]")
     described, kinds = _described(RunConfig), get_type_hints(RunConfig)
     for entry in fields(RunConfig):
-        if entry.name in CHOSEN:
-            name = model_name if entry.name == "model" else method_name
-            chosen: Any = model_class(name, allow_import) if entry.name == "model" else METHODS[name]
-            skip = _not_settable(chosen, name)
-            parser.add_argument(f"--{entry.name}.name", type=str, default=name, help=described[entry.name])
-            add = parser.add_class_arguments if inspect.isclass(chosen) else parser.add_function_arguments
-            add(chosen, entry.name, skip=skip, as_group=True, fail_untyped=False)
+        if entry.name == "model":
+            name = _name(values, "model", defaults.model["name"])
+            _add_chosen(parser, "model", name, model_class(name, allow_import), described["model"])
+        elif entry.name == "method":
+            _add_method(parser, values, "method", defaults.method["name"], described["method"])
         elif entry.name in SECTIONS:
-            parser.add_class_arguments(type(getattr(defaults, entry.name)), entry.name)
+            section = type(getattr(defaults, entry.name))
+            parser.add_class_arguments(section, entry.name, skip={"to"} & {f.name for f in fields(section)})
         else:
             parser.add_argument(
                 f"--{entry.name}",
@@ -125,16 +136,36 @@ def config_parser(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()
                 default=getattr(defaults, entry.name),
                 help=described[entry.name],
             )
-    # What a method leaves open follows from the threat model.
-    chosen_fields = fields(METHODS[method_name])  # type: ignore[arg-type]
-    open_settings = {entry.name for entry in chosen_fields if entry.default is MISSING}
-    if "eps" in open_settings:
-        parser.set_defaults({"method.eps": eps})
-    if "step_size" in open_settings:
-        own = values.get("method", {}).get("eps", eps)
-        # What is no number is refused when the values are parsed.
-        parser.set_defaults({"method.step_size": own / 4 if isinstance(own, int | float) else 0.0})
+    switch = values.get("switch", {})
+    if isinstance(switch, Mapping) and switch.get("rule", defaults.switch.rule) != "none":
+        _add_method(parser, values, "switch.to", SWITCHED_TO, _described(SwitchConfig)["to"])
+        derived = parser.get_defaults()
+        if derived["switch.to.name"] == "atta" and "method.keep_perturbations" in derived:
+            parser.set_defaults({"method.keep_perturbations": True})  # it starts from them
     return parser
+
+
+def _add_method(parser: Any, values: Mapping[str, Any], group: str, default: str, described: str) -> None:
+    """A method's settings under ``group``; what it leaves open follows from the threat model."""
+    name = _name(values, group, default)
+    if name not in METHODS:
+        raise ConfigError(unknown_choice(group, name, [*METHODS, *([LAZY] if group == "method" else [])]))
+    _add_chosen(parser, group, name, METHODS[name], described)
+    eps = values.get("eps", RunConfig.eps)
+    open_settings = {entry.name for entry in fields(METHODS[name]) if entry.default is MISSING}  # type: ignore[arg-type]
+    if "eps" in open_settings:
+        parser.set_defaults({f"{group}.eps": eps})
+    if "step_size" in open_settings:
+        own = _group(values, group).get("eps", eps)
+        # What is no number is refused when the values are parsed.
+        parser.set_defaults({f"{group}.step_size": own / 4 if isinstance(own, int | float) else 0.0})
+
+
+def _add_chosen(parser: Any, group: str, name: str, chosen: Any, described: str) -> None:
+    skip = _not_settable(chosen, name)
+    parser.add_argument(f"--{group}.name", type=str, default=name, help=described)
+    add = parser.add_class_arguments if inspect.isclass(chosen) else parser.add_function_arguments
+    add(chosen, group, skip=skip, as_group=True, fail_untyped=False)
 
 
 def read_yaml(source: str | Path) -> dict[str, Any]:
@@ -193,17 +224,17 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], within: str = "") -> dict[str, Any]:
     """``over`` laid upon ``base``, section by section; another model or method drops the first's settings."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
         if not isinstance(below, Mapping) or not isinstance(value, Mapping):
             merged[key] = value
-        elif key in CHOSEN and value.get("name", below.get("name")) != below.get("name"):
+        elif f"{within}{key}" in CHOSEN and value.get("name", below.get("name")) != below.get("name"):
             merged[key] = dict(value)
         else:
-            merged[key] = merge(below, value)
+            merged[key] = merge(below, value, f"{within}{key}.")
     return merged
 
 
@@ -211,23 +242,58 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _underived(values: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` without the method's eps and step_size where they repeat an eps that ``over`` replaces."""
-    method = values.get("method")
-    if not isinstance(method, Mapping):
-        return values
-    changed = "eps" in over or "eps" in over.get("method", {})
-    old = _numbers("eps", values.get("eps", RunConfig.eps))
+    """``values`` without the methods' eps and step_size where they repeat an eps that ``over`` replaces."""
+    eps = _numbers("eps", values.get("eps", RunConfig.eps))
+    found = dict(values)
+    if isinstance(values.get("method"), Mapping):
+        found["method"] = _underived_method(values["method"], eps, over, over.get("method", {}))
+    switch = values.get("switch")
+    if isinstance(switch, Mapping) and isinstance(switch.get("to"), Mapping):
+        to = _underived_method(switch["to"], eps, over, _group(over, "switch.to"))
+        found["switch"] = {**switch, "to": to}
+    return found
+
+
+def _underived_method(
+    method: Mapping[str, Any], old: Any, over: Mapping[str, Any], own_over: Mapping[str, Any]
+) -> dict[str, Any]:
+    changed = "eps" in over or "eps" in own_over
     kept = {key: _numbers(key, value) for key, value in method.items()}
     own = kept.get("eps", old)
     if "eps" in over and own == old:
         kept.pop("eps", None)
     if changed and isinstance(own, int | float) and kept.get("step_size") == own / 4:
         del kept["step_size"]
-    return {**values, "method": kept}
+    return kept
+
+
+def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the method "lazy" written out, and without the settings of a method not switched to."""
+    found = dict(values)
+    method, switch = values.get("method"), values.get("switch", {})
+    if not isinstance(switch, Mapping):
+        return found
+    if isinstance(method, Mapping) and method.get("name") == LAZY:
+        switch = {"rule": "kernel", **switch}
+        found["method"] = {**method, "name": "pgd"}
+    to = switch.get("to")
+    if to == {}:  # as the resolved configuration of a run without a switch has it
+        switch = {key: value for key, value in switch.items() if key != "to"}
+    elif to is not None and switch.get("rule", "none") == "none":
+        raise ConfigError("switch.to is given, but switch.rule is 'none'; choose 'fixed' or 'kernel'")
+    return {**found, "switch": switch} if switch else found
+
+
+def _group(values: Mapping[str, Any], group: str) -> Any:
+    """The settings under "a.b"; {} where there are none."""
+    found: Any = values
+    for part in group.split("."):
+        found = found.get(part, {}) if isinstance(found, Mapping) else {}
+    return found
 
 
 def _name(values: Mapping[str, Any], group: str, default: str) -> str:
-    settings = values.get(group, {})
+    settings = _group(values, group)
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{group}={settings!r} is not settings; write {group}: {{name: {settings}}}")
     return str(settings.get("name", default))

@@ -21,6 +21,7 @@ from tangentlab.errors import (
     TangentlabError,
     first_line,
 )
+from tangentlab.files import under
 from tangentlab.records import Run, RunRecord, read_run
 from tangentlab.runs.build import (
     Examples,
@@ -31,7 +32,6 @@ from tangentlab.runs.build import (
     build_state,
     every_steps,
     learning_rate,
-    method_schedule,
     resolve_device,
     training_batch,
 )
@@ -61,7 +61,8 @@ from tangentlab.runs.processes import (
     share,
     wrap,
 )
-from tangentlab.training import Share, Step, StepHook, TrainingState, load_checkpoint
+from tangentlab.runs.switching import Switching, build_controller
+from tangentlab.training import Controller, Share, Step, StepHook, TrainingState, load_checkpoint
 from tangentlab.training import train as train_loop
 
 LONG_SECONDS = 60.0  # a run from which on the silence of the final evaluation would puzzle
@@ -147,7 +148,7 @@ def _rehearse(config: RunConfig, allow_import: Iterable[str]) -> Examples:
     build_state(config, model)
     build_batches(config, examples, torch.device("cpu"), Share(0, config.processes)).batch(0)
     build_probe(config, examples)
-    method_schedule(config, 1)
+    build_controller(config, examples, steps=1, steps_per_epoch=1, log=None, fabric=None)
     return examples
 
 
@@ -169,12 +170,17 @@ def _train(
     steps = config.training.epochs * per_epoch
     interruption = Interruption()
     hooks: list[StepHook] = [Stopping(interruption, steps)]
-    checkpointing = None
+    checkpointing = log = None
     try:
         model = build_model(config, examples, fabric.device, allow_import=allow_import)
         state = build_state(config, model)
         if run is not None:
-            checkpointing, hooks = _hooks(config, examples, run, per_epoch, steps, interruption, display)
+            log = Log(run, per_epoch, replays)
+        controller = build_controller(
+            config, examples, steps=steps, steps_per_epoch=per_epoch, log=log, fabric=fabric
+        )
+        if log is not None:
+            checkpointing, hooks = _hooks(config, examples, log, controller, steps, interruption, display)
         if resume:
             _resume(folder, state, checkpointing)
     except TangentlabError as error:
@@ -186,7 +192,7 @@ def _train(
         with interruption.listening():
             train_loop(
                 state,
-                method=method_schedule(config, steps),
+                controller=controller,
                 batch=lambda step: training_batch(batches, step // replays, len(examples.train), part),
                 learning_rate=learning_rate(config, steps),
                 steps=steps,
@@ -216,18 +222,20 @@ def _train(
 def _hooks(
     config: RunConfig,
     examples: Examples,
-    run: Run,
-    per_epoch: int,
+    log: Log,
+    controller: Controller,
     steps: int,
     interruption: Interruption,
     display: Display | None,
 ) -> tuple[Checkpointing, list[StepHook]]:
-    log = Log(run, per_epoch, build_method(config).replays)
+    per_epoch = log.steps_per_epoch
     evaluation = Evaluation(
         config, examples.validation, log, every_steps(config.evaluation.every, per_epoch), steps
     )
     probe = build_probe(config, examples)
-    checkpointing = Checkpointing(config, log, evaluation, probe, steps, interruption)
+    kept = {"probe": probe, "switch": controller.switch if isinstance(controller, Switching) else None}
+    remembering = {name: one for name, one in kept.items() if one is not None}
+    checkpointing = Checkpointing(config, log, evaluation, remembering, steps, interruption)
     hooks: list[StepHook] = [evaluation]
     if probe is not None:
         hooks.append(Probing(probe, log, every_steps(config.probe.every, per_epoch), config.probe.early))
@@ -235,7 +243,9 @@ def _hooks(
         hooks.append(Keeping(log, every_steps(config.training.keep_every, per_epoch)))
     hooks.append(Recording(log))
     if display is not None:
-        display.start(run.folder.absolute().name, epochs=config.training.epochs, steps_per_epoch=per_epoch)
+        display.start(
+            log.run.folder.absolute().name, epochs=config.training.epochs, steps_per_epoch=per_epoch
+        )
         hooks.append(Showing(display, log))
     return checkpointing, [*hooks, checkpointing]
 
@@ -255,8 +265,8 @@ def _resume(folder: Path, state: TrainingState, checkpointing: Checkpointing | N
         checkpointing.log.run.rewind(size=extra["metrics_size"], step=state.step)
         checkpointing.log.newest = extra["newest"]
         checkpointing.evaluation.best = extra["best"]
-        if checkpointing.probe is not None:
-            checkpointing.probe.load_state_dict(tensors)
+        for name, one in checkpointing.remembering.items():
+            one.load_state_dict(under(tensors, f"{name}/"))
 
 
 def _finish(

@@ -7,7 +7,7 @@ from tangentlab.training.fgsm_pgi import FGSMPGITraining
 from tangentlab.training.fgsm_rs import FGSMRSTraining
 from tangentlab.training.free import FreeTraining
 from tangentlab.training.grad_align import GradAlignTraining
-from tangentlab.training.loop import Step, StepHook, TrainingState, check_parameters, train
+from tangentlab.training.loop import Controller, Step, StepHook, TrainingState, check_parameters, train
 from tangentlab.training.method import Adversarial, Batch, Memory, Method, Network, Share
 from tangentlab.training.n_fgsm import NFGSMTraining
 from tangentlab.training.pgd import PGDTraining
@@ -38,6 +38,7 @@ __all__ = [
     "ATTATraining",
     "Adversarial",
     "Batch",
+    "Controller",
     "FGSMPGITraining",
     "FGSMRSTraining",
     "FGSMTraining",

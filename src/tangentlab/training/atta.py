@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tangentlab.attacks import Passes
 from tangentlab.attacks.threat import ascent, crafting, cross_entropies, project
 from tangentlab.errors import ConfigError
-from tangentlab.training.method import Adversarial, Batch, Memory, check_sizes
+from tangentlab.training.method import Adversarial, Batch, Memory, Perturbations, check_sizes
 
 # Standard deviation of the noise that a stored perturbation begins with.
 _START = 0.001
@@ -23,7 +23,8 @@ class ATTATraining(Adversarial):
     last attack left (the authors' "MAT" loss).
 
     δ lies on the example's canvas, before the augmentation: each crop and flip takes its part of it and
-    writes it back (section 4.2). It begins at 0.001·N(0, 1), and again every ``reset_epochs`` epochs.
+    writes it back (section 4.2). It begins at 0.001·N(0, 1), and again every ``reset_epochs`` epochs, or at
+    what the method before kept.
     BatchNorm as the authors' code has it: running statistics while crafting, the loss's forward updates the
     buffers.
 
@@ -57,21 +58,15 @@ class ATTATraining(Adversarial):
     def craft(self, model: nn.Module, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
         """The last iterate; its perturbation is stored."""
         step_size = self.step_size or self.eps / (2 if self.num_steps == 1 else 4)
-        view = batch.view() if batch.view is not None else None
-        shape = batch.x.shape[1:] if view is None else view.canvas(batch.x)
 
         def start(delta: Tensor) -> None:
             delta.normal_(0, _START, generator=generator)
 
-        canvas = memory.of_examples("delta", batch, shape, start, epochs=self.reset_epochs)
+        kept = Perturbations(memory, batch, start, epochs=self.reset_epochs)
         with crafting(model, batch.x, batch.y) as (x, y):
-            x_adv = project(x + (canvas if view is None else view.take(canvas)), x, self.eps)
+            x_adv = project(x + kept.read(), x, self.eps)
             for _ in range(self.num_steps):
                 gradient = ascent(model, x_adv, partial(cross_entropies, y=y)).gradient
                 x_adv = project(x_adv + step_size * gradient.sign(), x, self.eps)
-        if view is None:
-            canvas = x_adv - x
-        else:
-            view.put(canvas, x_adv - x)
-        memory.keep_of_examples("delta", batch, canvas)
+        kept.keep(x_adv - x)
         return x_adv

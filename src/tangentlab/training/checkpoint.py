@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tangentlab.attacks import Passes
 from tangentlab.errors import CheckpointError, ModelError
-from tangentlab.files import read_tensors, write_tensors
+from tangentlab.files import read_tensors, under, write_tensors
 from tangentlab.training.loop import TrainingState
 from tangentlab.training.method import Memory
 
@@ -40,6 +40,7 @@ def save_checkpoint(
     metadata = {
         "step": state.step,
         "passes": list(state.passes),
+        "steering": state.steering,
         "summed_learning_rate": state.summed_learning_rate,
         "loss_count": state.loss_count,
         "seconds": state.seconds,
@@ -68,7 +69,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[dict[str, Any], d
         state.averaged.n_averaged.fill_(metadata.get("step", 0))
     device = state.loss_sum.device
     # Counters are looked at in every step: they stay on the CPU.
-    memory = _under(tensors, "memory/")
+    memory = under(tensors, "memory/")
     state.memory = Memory({key: value.to(device) if value.dim() else value for key, value in memory.items()})
     try:
         entries: dict[int, dict[str, Any]] = {}
@@ -85,13 +86,14 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[dict[str, Any], d
         state.loss_sum = tensors["loop/loss_sum"].to(state.loss_sum.device)
         state.step = metadata["step"]
         state.passes = Passes(*metadata["passes"])
+        state.steering = metadata["steering"]
         state.summed_learning_rate = metadata["summed_learning_rate"]
         state.loss_count = metadata["loss_count"]
         state.seconds = metadata["seconds"]
         extra: dict[str, Any] = metadata["extra"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold a training state: {error!r}") from error
-    return extra, _under(tensors, "extra/")
+    return extra, under(tensors, "extra/")
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
@@ -104,10 +106,6 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     averaged = any(key.startswith("averaged/") for key in tensors)
     _load_weights(path, tensors, model, "averaged/" if averaged else "model/")
     return {"step": metadata.get("step"), "extra": metadata.get("extra", {})}
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _weights(model: nn.Module, prefix: str = "model/") -> dict[str, Tensor]:
@@ -132,7 +130,7 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
 def _load_weights(
     path: Path, tensors: Mapping[str, Tensor], model: nn.Module, prefix: str = "model/"
 ) -> None:
-    saved = _under(tensors, prefix)
+    saved = under(tensors, prefix)
     own = model.state_dict()
     differences = [f"{name} is missing" for name in own if name not in saved]
     differences += [f"{name} is not in the model" for name in saved if name not in own]

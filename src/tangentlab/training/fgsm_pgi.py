@@ -61,7 +61,7 @@ class FGSMPGITraining(Adversarial):
             delta.copy_((2 * bits - 1) * self.eps)
 
         shape, epochs = x.shape[1:], self.reset_epochs
-        delta = memory.of_examples("delta", batch, shape, corners, epochs=epochs)
+        delta = memory.of_examples("prior", batch, shape, corners, epochs=epochs)
         momentum = memory.of_examples("momentum", batch, shape, Tensor.zero_, epochs=epochs)
         prior = project(x + delta, x, self.eps).requires_grad_(True)
         with self.crafting(network.bare):
@@ -75,7 +75,9 @@ class FGSMPGITraining(Adversarial):
         momentum = self.decay * momentum + gradient / norm.clamp(min=1e-30)
         memory.keep_of_examples("momentum", batch, momentum)
         delta = project(start + self.eps * momentum.sign(), x, self.eps) - x
-        memory.keep_of_examples("delta", batch, delta)
-        crafted = self.logits(network, project(start + self.eps * gradient.sign(), x, self.eps))
+        memory.keep_of_examples("prior", batch, delta)
+        x_adv = project(start + self.eps * gradient.sign(), x, self.eps)
+        self.keep(x_adv, batch, memory)
+        crafted = self.logits(network, x_adv)
         loss = self.objective(network, batch, crafted)
         return loss + self.consistency * F.mse_loss(crafted.float(), logits.float())

@@ -55,6 +55,7 @@ class GradAlignTraining(Adversarial):
                 network, uniform_start(x, self.eps, generator), batch.y, differentiable=True
             )
         x_adv = project(x + self.eps * at_x.sign(), x, self.eps)
+        self.keep(x_adv, batch, memory)
         loss = self.objective(network, batch, self.logits(network, x_adv))
         a, b = at_x.flatten(1), at_start.flatten(1)
         there = ((a != 0).any(1) & (b != 0).any(1)).to(a.dtype)

@@ -33,9 +33,10 @@ class TrainingState:
         optimizer: over the model's parameters.
         step: optimizer updates so far.
         passes: per training example of the batches so far: a PGD-10 step adds 11, 10, 1.
+        steering: forward equivalents per training example of a batch that the controller spent.
         summed_learning_rate: Σ of the learning rates of the steps so far.
         loss_sum: Σ of the batch losses since the caller last reset it, on the device; with ``loss_count``.
-        seconds: wall seconds by purpose ("train", "probe", "evaluation").
+        seconds: wall seconds by purpose ("train", "steering", "probe", "evaluation").
         memory: what the method keeps.
         averaged: the exponential moving average of the weights and buffers, where one is kept.
     """
@@ -44,12 +45,20 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     passes: Passes = field(default_factory=Passes)
+    steering: float = 0.0
     summed_learning_rate: float = 0.0
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     loss_count: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "probe": 0.0, "evaluation": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"train": 0.0, "steering": 0.0, "probe": 0.0, "evaluation": 0.0}
+    )
     memory: Memory = field(default_factory=Memory)
     averaged: AveragedModel | None = None
+
+    @property
+    def cost(self) -> float:
+        """Forward equivalents per training example of the batches so far, those that steer included."""
+        return self.passes.cost + self.steering
 
     @property
     def evaluated(self) -> nn.Module:
@@ -66,6 +75,15 @@ class StepHook(Protocol):
     """Called after every step, and once before the first; it may read the state and leave no trace on it."""
 
     def __call__(self, state: TrainingState) -> None: ...
+
+
+class Controller(Protocol):
+    """Says before each step which method makes it, on every process the same.
+
+    It may look at the state, and leaves no trace on it but what the look cost, in ``steering``.
+    """
+
+    def __call__(self, state: TrainingState) -> Method: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class Step:
 def train(
     state: TrainingState,
     *,
-    method: Callable[[int], Method],
+    controller: Controller,
     batch: Callable[[int], Batch],
     learning_rate: Callable[[int], float],
     steps: int,
@@ -100,7 +118,7 @@ def train(
 
     Args:
         state: where training stands; changed in place.
-        method: step -> what turns the batch into the loss.
+        controller: says what turns the batch into the loss.
         batch: step -> the batch, or this process's share of it.
         learning_rate: step -> learning rate of that update.
         steps: optimizer updates in all.
@@ -116,8 +134,10 @@ def train(
     if state.step == 0:
         _call(hooks, state)
     while state.step < steps:
+        with _diverging(state):
+            current = controller(state)
         started = time.perf_counter()
-        drawn, current = batch(state.step), method(state.step)
+        drawn = batch(state.step)
         rate = learning_rate(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate

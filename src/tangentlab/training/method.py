@@ -114,10 +114,17 @@ class Memory:
     _written: list[tuple[str, Batch, Tensor, bool]] = field(default_factory=list, repr=False)
 
     def of_examples(
-        self, name: str, batch: Batch, shape: torch.Size, start: Callable[[Tensor], object], *, epochs: int
+        self,
+        name: str,
+        batch: Batch,
+        shape: torch.Size,
+        start: Callable[[Tensor], object],
+        *,
+        epochs: int | None = None,
     ) -> Tensor:
         """The rows [n, *shape] kept of the batch's examples; ``start`` fills the tensor [total, *shape] in
-        place at first and again every so many epochs, drawing the same on every process.
+        place at first and, of what was kept before, again every so many epochs; it draws the same on every
+        process.
 
         Raises:
             ConfigError: the batch does not say which examples it holds.
@@ -126,13 +133,14 @@ class Memory:
             raise ConfigError(
                 "the method stores something of each example; its batches need an index and a total"
             )
-        period = batch.epoch // epochs
-        if name not in self.tensors:
+        due = name not in self.tensors
+        if due:
             self.tensors[name] = torch.empty(batch.total, *shape, device=batch.x.device)
-            self.tensors[f"{name}/period"] = torch.tensor(-1)
-        if int(self.tensors[f"{name}/period"]) != period:
+        elif epochs is not None:
+            due = int(self.tensors[f"{name}/epoch"]) // epochs != batch.epoch // epochs
+        if due:
             start(self.tensors[name])
-            self.tensors[f"{name}/period"] = torch.tensor(period)
+            self.tensors[f"{name}/epoch"] = torch.tensor(batch.epoch)
         return self.tensors[name][batch.index]
 
     def keep_of_examples(self, name: str, batch: Batch, rows: Tensor) -> None:
@@ -156,6 +164,7 @@ class Memory:
             whole = batch.share.gather(rows.detach())
             if by_example:
                 self.tensors[name][batch.share.gather(batch.index)] = whole
+                self.tensors[f"{name}/epoch"] = torch.tensor(batch.epoch)
             else:
                 self.tensors[name] = whole
         self._written.clear()
@@ -188,6 +197,35 @@ class Method(Protocol):
         ...
 
 
+class Perturbations:
+    """δ of the batch's examples as memory keeps them: on their canvases, before the augmentation.
+
+    Each crop and flip takes its part of the canvas and writes it back (Zheng et al. 2020, section 4.2).
+    ``start`` and ``epochs`` are those of :meth:`Memory.of_examples`. One name for all methods, so that one
+    starts from what another left.
+    """
+
+    def __init__(
+        self, memory: Memory, batch: Batch, start: Callable[[Tensor], object], *, epochs: int | None = None
+    ) -> None:
+        self._memory, self._batch = memory, batch
+        self._view = batch.view() if batch.view is not None else None
+        shape = batch.x.shape[1:] if self._view is None else self._view.canvas(batch.x)
+        self._canvas = memory.of_examples("perturbation", batch, shape, start, epochs=epochs)
+
+    def read(self) -> Tensor:
+        """[n, ...] of the batch's shape."""
+        return self._canvas if self._view is None else self._view.take(self._canvas)
+
+    def keep(self, delta: Tensor) -> None:
+        """Keep δ [n, ...]."""
+        canvas = delta
+        if self._view is not None:
+            canvas = self._canvas
+            self._view.put(canvas, delta)
+        self._memory.keep_of_examples("perturbation", self._batch, canvas)
+
+
 UPDATE = Passes(forwards=1, full_backwards=1)
 """The passes of one plain step: a forward and a full backward."""
 
@@ -203,12 +241,14 @@ class Adversarial:
         buffer_updates: the forwards that update BatchNorm's buffers: crafting (each of the attack's), loss,
             and clean, an extra forward of the clean batch without a gradient: at the end of the step, after
             the update, or at its beginning if it is named before another.
+        keep_perturbations: keep each example's x* − x for a method that starts from it.
     """
 
     label_smoothing: float = 0.0
     clean_weight: float = 0.0
     crafting_statistics: str = "batch"
     buffer_updates: tuple[str, ...] = ("crafting", "loss")
+    keep_perturbations: bool = False
 
     @property
     def replays(self) -> int:
@@ -251,11 +291,24 @@ class Adversarial:
         raise NotImplementedError
 
     def loss(self, network: Network, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
-        """The loss of the batch that is crafted from the bare network as it stands."""
+        """The loss of the crafted batch."""
+        x_adv = self.crafted(network, batch, memory=memory, generator=generator)
+        return self.objective(network, batch, self.logits(network, x_adv))
+
+    def crafted(
+        self, network: Network, batch: Batch, *, memory: Memory, generator: torch.Generator
+    ) -> Tensor:
+        """The batch that is crafted from the bare network as it stands; what comes before is done."""
         self.begin(network, batch)
         with self.crafting(network.bare):
             x_adv = self.craft(network.bare, batch, memory=memory, generator=generator)
-        return self.objective(network, batch, self.logits(network, x_adv))
+        self.keep(x_adv, batch, memory)
+        return x_adv
+
+    def keep(self, x_adv: Tensor, batch: Batch, memory: Memory) -> None:
+        """Keep what the crafted batch adds to the clean one, where that is asked for."""
+        if self.keep_perturbations:
+            Perturbations(memory, batch, Tensor.zero_).keep(x_adv.detach() - batch.x)
 
     def logits(self, network: Network, x_adv: Tensor) -> Tensor:
         """What the loss is taken of."""

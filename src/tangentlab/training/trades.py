@@ -76,9 +76,7 @@ class TRADESTraining(Adversarial):
 
     def loss(self, network: Network, batch: Batch, *, memory: Memory, generator: torch.Generator) -> Tensor:
         """The clean cross-entropy and the divergence."""
-        self.begin(network, batch)
-        with self.crafting(network.bare):
-            x_adv = self.craft(network.bare, batch, memory=memory, generator=generator)
+        x_adv = self.crafted(network, batch, memory=memory, generator=generator)
         with self.updating(network.bare, "loss", branch="clean"):
             clean = network.bare(batch.x)
         divergence = F.kl_div(

@@ -1,0 +1,221 @@
+"""LazySwitch: which examples to craft next, by the stage that the kernel is in, in anyone's loop.
+
+"Rethinking Adversarial Training with Neural Tangent Kernel" (arXiv 2312.02236), case study 2: while the
+kernel stands still, adversarial examples can be replaced by cheaper ones; when it moves again, they cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tangentlab import modes, randomness
+from tangentlab.attacks import Attack
+from tangentlab.errors import ConfigError
+from tangentlab.files import under
+from tangentlab.probes.kernel_probe import KernelProbe
+
+FULL, CHEAP = "full", "cheap"
+PHASES = (FULL, CHEAP)
+DROP = 0.5  # of the learning rate at the look before, or less: a drop, which no smooth schedule makes
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the switch saw at a step, and what it answers from then on.
+
+    Attributes:
+        step: optimizer updates so far.
+        phase: full or cheap.
+        reason: why the phase changed, in one line; None where it did not.
+        values: the evidence by name, numbers: velocity (radians a step) and the two levels it is held
+            against, robust_accuracy and the level that it may fall to, learning_rate.
+    """
+
+    step: int
+    phase: str
+    reason: str | None
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+class LazySwitch:
+    """Answers "full" or "cheap": whether the next examples need the full attack.
+
+    It begins with "full". By the kernel, with v the angle a step that the class kernels turned between two
+    looks and v* the fastest since training began or the learning rate last fell:
+
+    - full → cheap where v < ``threshold``·v* at ``patience`` looks in a row: the lazy stage;
+    - cheap → full where v > ``resume``·v* at ``patience`` looks in a row: the kernel learns again;
+    - cheap → full where the learning rate fell below half between two looks; without ``return_on_drop`` it
+      does nothing, to v* neither.
+
+    With ``at`` the first two are replaced by that step, and no kernel is measured. With ``held_out`` a safety
+    net: cheap → full where robust accuracy on these points is ``max_fall`` below its best since the switch;
+    each time, ``patience`` doubles. After ``at`` there is no second time.
+
+    Args:
+        x, y: [n, ...] in [0, 1] and [n], the examples whose kernel is watched.
+        every: steps between looks.
+        attack: watch the kernel on the examples that it crafts; None for clean ones.
+        at: the step to switch at, whatever the kernel does.
+        threshold, resume: 0 < threshold ≤ resume.
+        patience: looks in a row.
+        return_on_drop: see above; the learning rate comes with each call.
+        held_out: points (x, y) that are not trained on.
+        guard: the attack that they are judged by.
+        max_fall: in (0, 1).
+        seed: of the attacks' noise, the same at every look.
+        sketch: as a KernelProbe's; None for exact kernels.
+        memory: bound on the kernel engine's working memory.
+
+    ``looks`` are those so far; ``cost`` is what they cost, in forward passes of one example: a kernel of n
+    examples n(1 + 2C) for one forward and C backwards, besides what crafting takes.
+
+    >>> switch = LazySwitch(x, y, every=100, attack=PGD(8 / 255, 2 / 255, 10))  # doctest: +SKIP
+    >>> steps = 10 if switch(model, step, learning_rate=lr) == "full" else 1  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        every: int,
+        attack: Attack | None = None,
+        at: int | None = None,
+        threshold: float = 0.1,
+        resume: float = 0.2,
+        patience: int = 2,
+        return_on_drop: bool = True,
+        held_out: tuple[Tensor, Tensor] | None = None,
+        guard: Attack | None = None,
+        max_fall: float = 0.05,
+        seed: int = 0,
+        sketch: int | None = None,
+        memory: str | int = "2GiB",
+    ) -> None:
+        for name, value in (("every", every), ("patience", patience)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} is out of range; at least 1")
+        if at is not None and at < 0:
+            raise ConfigError(f"at={at} is out of range; at least 0, or None to follow the kernel")
+        if not 0 < threshold <= resume:
+            raise ConfigError(f"threshold={threshold} and resume={resume}: 0 < threshold ≤ resume is needed")
+        if not 0 < max_fall < 1:
+            raise ConfigError(f"max_fall={max_fall} is out of range (0, 1)")
+        if (held_out is None) != (guard is None):
+            raise ConfigError("held_out points and the guard that attacks them come together")
+        self.every, self.at = every, at
+        self.threshold, self.resume, self.patience = threshold, resume, patience
+        self.return_on_drop, self.max_fall = return_on_drop, max_fall
+        self.seed = seed
+        self.looks: list[Look] = []
+        self.cost = 0
+        self.phase = FULL
+        self._inputs = "clean" if attack is None else "crafted"
+        self._attack, self._guard = attack, guard
+        self._probe = KernelProbe(
+            x, y, inputs={self._inputs: attack}, kinds="class", seed=seed, sketch=sketch, memory=memory
+        )
+        self._held_out = held_out and (held_out[0].detach().clone(), held_out[1].detach().clone())
+        self._fastest = 0.0  # velocity
+        self._row = 0  # looks in a row that speak for the other phase
+        self._best = 0.0  # robust accuracy since the switch
+        self._rate = 0.0  # of learning, at the last look
+        self._returned = False
+
+    def due(self, step: int) -> bool:
+        """Whether a call at this step looks."""
+        return step % self.every == 0 or step == self.at
+
+    def __call__(self, model: nn.Module, step: int, *, learning_rate: float | None = None) -> str:
+        """The phase from this step on; looks at the model where a look is due, and leaves it as it was.
+
+        Raises:
+            KernelError: as KernelProbe.measure.
+            ConfigError: the step does not follow the last look's.
+        """
+        if not self.due(step):
+            return self.phase
+        values: dict[str, float] = {}
+        if learning_rate is not None:
+            values["learning_rate"] = learning_rate
+        if self.at is None:
+            values |= self._kernel(model, step)
+        if self.phase == CHEAP:
+            values |= self._held_out_accuracy(model)
+        reason = self._decide(step, values)
+        if reason is not None:
+            self._returned = self.phase == CHEAP
+            self.phase = FULL if self.phase == CHEAP else CHEAP
+            self._row = 0
+            if self.phase == CHEAP:  # what a fall is measured from
+                values |= self._held_out_accuracy(model)
+                self._best = values.get("robust_accuracy", 0.0)
+        self.looks.append(Look(step, self.phase, reason, values))
+        return self.phase
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed switch needs, as plain tensors; the looks so far are the caller's to keep."""
+        counts = (PHASES.index(self.phase), self.cost, self.patience, self._row, self._returned)
+        place = [*counts, self._fastest, self._best, self._rate]
+        state = {f"probe/{name}": tensor for name, tensor in self._probe.state_dict().items()}
+        return {**state, "place": torch.tensor(place, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state_dict`."""
+        phase, *counts, self._fastest, self._best, self._rate = state["place"].tolist()
+        self.phase = PHASES[int(phase)]
+        self.cost, self.patience, self._row, self._returned = (*map(int, counts[:3]), bool(counts[3]))
+        self._probe.load_state_dict(under(state, "probe/"))
+
+    def _decide(self, step: int, values: dict[str, float]) -> str | None:
+        """Why the phase changes now, or None; the levels that the evidence is held against join it."""
+        before, rate, velocity = self._rate, values.get("learning_rate", 0.0), values.get("velocity")
+        dropped, self._rate = self.return_on_drop and rate < DROP * before, rate
+        if dropped:  # what was measured is of before
+            self._fastest, self._row, velocity = 0.0, 0, None
+        self._fastest = max(self._fastest, velocity or 0.0)
+        low, high = self.threshold * self._fastest, self.resume * self._fastest
+        if velocity is not None:
+            values |= {"lazy_below": low, "learning_above": high}
+            self._row = self._row + 1 if (velocity < low if self.phase == FULL else velocity > high) else 0
+        if self.phase == FULL:
+            if self.at is None:
+                return f"the kernel's velocity fell below {low:.3g}" if self._row >= self.patience else None
+            return f"step {self.at} is reached" if step >= self.at and not self._returned else None
+        if dropped:
+            return f"the learning rate fell from {before:g} to {rate:g}"
+        if "robust_accuracy" in values:
+            robust = values["robust_accuracy"]
+            self._best = max(self._best, robust)
+            values["least_robust_accuracy"] = self._best - self.max_fall
+            if robust < self._best - self.max_fall:
+                self.patience *= 2
+                return f"robust accuracy fell from {self._best:.1%} to {robust:.1%}"
+        return f"the kernel's velocity rose above {high:.3g}" if self._row >= self.patience else None
+
+    # --- what is measured --------------------------------------------------------------------------------
+
+    def _kernel(self, model: nn.Module, step: int) -> dict[str, float]:
+        measured = self._probe.measure(model, step)
+        classes, n, _ = measured.kernels[f"{self._inputs}/class"].shape
+        crafting = 0 if self._attack is None else self._attack.passes.cost
+        self.cost += n * (crafting + 1 + 2 * classes)
+        velocity = measured.values.get(f"kernel/{self._inputs}/class/angle_velocity")
+        return {} if velocity is None else {"velocity": velocity}
+
+    def _held_out_accuracy(self, model: nn.Module) -> dict[str, float]:
+        """Robust accuracy on the points of the safety net, where there is one."""
+        if self._held_out is None or self._guard is None:
+            return {}
+        device = next(model.parameters()).device
+        x, y = (part.to(device) for part in self._held_out)
+        noise = randomness.generator(self.seed, "guard", device=device)
+        with modes.evaluation(model), torch.no_grad():
+            correct = model(self._guard(model, x, y, generator=noise)).argmax(dim=1) == y
+        self.cost += len(x) * (self._guard.passes.cost + 1)
+        return {"robust_accuracy": float(correct.double().mean())}

@@ -1,0 +1,189 @@
+"""The switch follows planted velocities, keeps to its rules, leaves no trace, and resumes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tangentlab as tl
+from tangentlab.errors import ConfigError
+from tangentlab.probes import Look
+
+EVERY = 10
+RATE = 0.1
+
+
+class Turning(nn.Module):
+    """f(x) = w·(s x), s² = (cos φ, sin φ): on unit vectors the kernel is diag(s²), and turns as φ does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+        self.turn(0.0)
+
+    def turn(self, angle: float) -> None:
+        assert 0 <= angle <= math.pi / 2
+        self.scale = torch.tensor([math.cos(angle), math.sin(angle)]).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale @ self.w).unsqueeze(1)
+
+
+X, Y = torch.eye(2), torch.zeros(2, dtype=torch.int64)
+
+
+def switch(**settings: object) -> tl.LazySwitch:
+    return tl.LazySwitch(X, Y, **{"every": EVERY, "threshold": 0.3, "resume": 0.6, **settings})
+
+
+def turned(model: Turning, one: tl.LazySwitch, angles: Sequence[float], rates: Sequence[float] = ()) -> str:
+    """The phases after looks at a model that turns by these angles, as letters."""
+    phases, at = [], 0.0
+    for number, angle in enumerate(angles):
+        model.turn(at := at + angle)
+        rate = rates[number] if rates else None
+        phases.append(one(model, EVERY * number, learning_rate=rate)[0])
+        assert one(model, EVERY * number + 1) == one.phase  # between looks nothing is looked at
+    assert len(one.looks) == len(angles)
+    return "".join(phases)
+
+
+FAST, MIDDLE, SLOW = 0.2, 0.09, 0.02  # of the fastest: 1, between the levels, below both
+
+
+def test_the_velocity_is_the_angle_a_step() -> None:
+    turned(Turning(), one := switch(), [0, FAST])
+    assert one.looks[1].values["velocity"] == pytest.approx(FAST / EVERY, rel=1e-4)
+    assert one.looks[1].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY, rel=1e-4)
+    assert one.looks[1].values["learning_above"] == pytest.approx(0.6 * FAST / EVERY, rel=1e-4)
+
+
+def test_lazy_after_patience_and_learning_again_with_hysteresis() -> None:
+    one = switch(patience=2)
+    #          look          f     s     s     m       m       f     m       f     f     s
+    phases = turned(Turning(), one, [0, FAST, SLOW, SLOW, MIDDLE, MIDDLE, FAST, MIDDLE, FAST, FAST, SLOW])
+    assert phases == "fffccccccff"
+    reasons = [look.reason for look in one.looks if look.reason]
+    assert len(reasons) == 2
+    assert "fell below" in reasons[0]
+    assert "rose above" in reasons[1]
+
+
+def test_a_fallen_learning_rate_ends_the_lazy_stage_and_begins_anew() -> None:
+    angles = [0, FAST, SLOW, SLOW, SLOW, SLOW / 2, SLOW / 20, SLOW / 20]
+    rates = [RATE] * 4 + [RATE / 10] * 4
+    one = switch(patience=1)
+    # At the drop the velocity is the old rate's: it is held against nothing.
+    assert turned(Turning(), one, angles, rates) == "ffccffcc"
+    assert one.looks[4].reason == "the learning rate fell from 0.1 to 0.01"
+    assert turned(Turning(), switch(patience=1, return_on_drop=False), angles, rates) == "ffcccccc"
+    smooth = [RATE * (1 - k / 10) for k in range(8)]
+    assert turned(Turning(), switch(patience=1), angles, smooth) == "ffcccccc"
+
+
+def test_a_fixed_step_measures_no_kernel() -> None:
+    one = switch(at=25)
+    model = Turning()
+    assert [one(model, step) for step in range(24, 27)] == ["full", "cheap", "cheap"]
+    assert one.cost == 0
+    assert one.looks == [Look(25, "cheap", "step 25 is reached", {})]
+    assert one(model, 30, learning_rate=0.1) == "cheap"
+    assert one(model, 40, learning_rate=0.01) == "full"
+    assert one(model, 50, learning_rate=0.01) == "full"  # once
+
+
+class Deciding(nn.Module):
+    """Right on the first ``right`` of ten points, whatever an attack does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.right = 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        wrong = torch.arange(len(x)) >= self.right
+        return torch.stack([~wrong, wrong], dim=1) * self.weight + 0 * x.sum()
+
+
+def test_the_safety_net_counts_from_the_best_and_doubles_the_patience() -> None:
+    points = (torch.zeros(10, 2), torch.zeros(10, dtype=torch.int64))
+    model = Deciding()
+    one = switch(at=0, held_out=points, guard=tl.attacks.FGSM(0.1), max_fall=0.15)
+    phases = []
+    for number, model.right in enumerate([7, 8, 9, 8, 7, 9]):
+        phases.append(one(model, EVERY * number)[0])
+    assert "".join(phases) == "ccccff"
+    assert one.looks[4].reason == "robust accuracy fell from 90.0% to 70.0%"
+    assert one.looks[4].values["least_robust_accuracy"] == pytest.approx(0.75)
+    assert one.patience == 4
+    # Points are judged from the switch to the return.
+    assert one.cost == 5 * 10 * (tl.attacks.FGSM(0.1).passes.cost + 1)
+
+
+def test_the_cost_is_the_passes_made() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+    attack = tl.attacks.PGD(0.1, 0.05, 4)
+    one = tl.LazySwitch(torch.rand(5, 1, 4, 4), torch.arange(5) % 3, every=1, attack=attack)
+    one(model, 0)
+    assert one.cost == 5 * (4 + 4 + 1 + 2 * 3)
+
+
+def test_the_model_stays_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    model.train()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    one = tl.LazySwitch(
+        x, y, every=1, attack=tl.attacks.FGSM(0.1), held_out=(x, y), guard=tl.attacks.PGD(0.1, 0.05, 2)
+    )
+    state = torch.get_rng_state()
+    for step in range(3):
+        one(model, step)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_resumed_switch_goes_on() -> None:
+    angles = [0, FAST, SLOW, SLOW, FAST, FAST, SLOW, SLOW]
+    rates = [RATE] * 6 + [RATE / 10] * 2
+    whole = switch(patience=2)
+    expected = turned(Turning(), whole, angles, rates)
+    assert {"f", "c"} == set(expected)
+    for cut in range(1, len(angles)):
+        model, first, second = Turning(), switch(patience=2), switch(patience=2)
+        turned(model, first, angles[:cut], rates)
+        second.load_state_dict(first.state_dict())
+        at = sum(angles[:cut])
+        for number in range(cut, len(angles)):
+            model.turn(at := at + angles[number])
+            second(model, EVERY * number, learning_rate=rates[number])
+        assert [look.phase[0] for look in second.looks] == list(expected[cut:])
+        assert second.looks == whole.looks[cut:]
+        assert second.cost == whole.cost
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every": 0}, "every=0 is out of range"),
+        ({"patience": 0}, "patience=0"),
+        ({"at": -1}, "at=-1"),
+        ({"threshold": 0.5, "resume": 0.4}, "threshold=0.5 and resume=0.4"),
+        ({"threshold": 0.0}, "threshold=0.0"),
+        ({"max_fall": 1.0}, "max_fall=1.0"),
+        ({"guard": tl.attacks.FGSM(0.1)}, "come together"),
+        ({"held_out": (X, Y)}, "come together"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        switch(**settings)
