@@ -12,9 +12,10 @@ from planted import Report
 
 from tangentlab.metrics import kernel_distance
 from tangentlab.records import Measurement, Run, read_run
-from tangentlab.report import figures
-from tangentlab.report.figure import Figure, LinePanel, MatrixPanel
+from tangentlab.report import figures, write_report
+from tangentlab.report.figure import Figure, LinePanel, MatrixPanel, Span
 from tangentlab.report.subject import Subject, subjects
+from tangentlab.report.table import what
 
 # Records come every half epoch.
 SNAPSHOT = 0.5
@@ -69,6 +70,40 @@ def test_velocity_shades_the_planted_stages(report: Report) -> None:
     assert spans["fgsm"]["again"].start == pytest.approx(planted.FGSM.lazy[1], abs=1)
     assert "a third stage from epoch" in _said(figure, "fgsm")
     assert "no third stage" in _said(figure, "pgd")
+
+
+def test_decisions_shade_the_cheap_phases(report: Report, tmp_path: Path) -> None:
+    assert figures.decisions(report.subjects()).views == ()  # and no page speaks of it
+    looks = [
+        {"switch/phase": "full"},
+        {"switch/phase": "full", "switch/velocity": 0.5, "switch/lazy_below": 0.1},
+        {"switch/phase": "cheap", "switch/velocity": 0.05, "switch/reason": "it fell"},
+        {"switch/phase": "cheap", "switch/robust_accuracy": 0.4, "switch/least_robust_accuracy": 0.3},
+        {"switch/phase": "full", "switch/robust_accuracy": 0.2, "switch/reason": "it " + "broke " * 30},
+        {"switch/phase": "idle"},
+        {"switch/phase": "cheap", "switch/reason": "again"},
+    ]
+    with Run.create(
+        tmp_path / "run", {"name": "mine", "method": "pgd", "switch": {"to": {"name": "atta"}}}
+    ) as run:
+        for step, look in enumerate(looks):
+            run.write({"step": step, "epoch": step / 2, **look})
+        run.write({"step": 8, "epoch": 4.0, "train_loss": 1.0})
+    subject = subjects([read_run(tmp_path / "run")])
+    figure = figures.decisions(subject)
+    velocity, accuracy = figure.panels
+    assert velocity.spans == accuracy.spans == (Span(1.0, 2.0, "cheap"), Span(3.0, 4.0, "cheap"))
+    assert [mark.x for mark in velocity.marks] == [1.0, 2.0, 3.0]
+    assert [line.name for line in velocity.lines] == ["velocity", "lazy below"]
+    assert [line.name for line in accuracy.lines] == ["robust accuracy", "least allowed"]
+    assert figure.finding.state == "found"
+    said = figure.finding.parts[0].text
+    assert said.startswith("to the cheaper method at epoch 1, as it fell; back at epoch 2, as it broke")
+    assert len(said) < 250
+    assert what(subject[0]) == "pgd → atta"
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "What the switch decided" in page
+    assert "What the switch decided" not in report.html.read_text()
 
 
 def test_distances_are_those_of_the_kernels(report: Report) -> None:

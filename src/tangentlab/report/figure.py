@@ -203,7 +203,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the report; ``views`` is empty where nothing of it was recorded."""
+    """A figure of the report; ``views`` is empty where nothing of it was recorded.
+
+    An ``optional`` one is left out then: what it shows is not expected of a run.
+    """
 
     key: str
     title: str
@@ -212,6 +215,7 @@ class Figure:
     views: tuple[View, ...] = ()
     selector: str = ""
     slider: Slider | None = None
+    optional: bool = False
 
     @property
     def panels(self) -> tuple[Panel, ...]:

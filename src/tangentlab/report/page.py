@@ -75,7 +75,7 @@ def _runs_page(runs: Sequence[Subject]) -> _Page:
         _title(runs),
         summary(runs),
         runs=runs,
-        figures=[make(runs) for make in FIGURES],
+        figures=[figure for make in FIGURES if (figure := make(runs)).views or not figure.optional],
         appendix=_files(runs),
     )
 

@@ -18,6 +18,7 @@ LIGHT = {
     "learning": "#f6b26b",
     "lazy": "#9fc5e8",
     "again": "#b4a7d6",
+    "cheap": "#a8d5a2",
 }
 DARK = {
     "ink": "#e8ebf1",
@@ -26,6 +27,7 @@ DARK = {
     "learning": "#c9792c",
     "lazy": "#3f7fb8",
     "again": "#7d6bb5",
+    "cheap": "#3f8f5a",
 }
 
 # Viridis: perceptually uniform, and readable with any colour vision.

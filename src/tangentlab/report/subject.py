@@ -191,10 +191,10 @@ def ordered_inputs(names: Iterable[str]) -> list[str]:
     return sorted(kept, key=lambda name: (_INPUTS.index(name) if name in _INPUTS else len(_INPUTS), name))
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, longest: int = _LONGEST_LABEL) -> str:
     """One printable line of bounded length: names come from files, and SVG knows no control characters."""
     line = "".join(c if c.isprintable() else " " for c in text).strip() or "unnamed"
-    return line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 1] + "…"
+    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -93,9 +93,12 @@ def _flags(line: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def what(run: Subject) -> str:
-    """Method, data, model and seed, as far as the configuration names them."""
+    """Method and what a switch turns it to, data, model and seed, as far as the configuration names them."""
     config = run.record.config
     parts = [_named(config.get(section)) for section in ("method", "data", "model")]
+    switch = config.get("switch")
+    if parts[0] and isinstance(switch, Mapping) and (cheaper := _named(switch.get("to"))):
+        parts[0] += f" → {cheaper}"
     if config.get("seed") is not None:
         parts.append(f"seed {config['seed']}")
     return " · ".join(clean_text(part) for part in parts if part)

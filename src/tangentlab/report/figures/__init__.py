@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tangentlab.report.figure import Figure
 from tangentlab.report.figures.accuracies import accuracies
+from tangentlab.report.figures.decisions import decisions
 from tangentlab.report.figures.distances import distances
 from tangentlab.report.figures.gaps import gaps
 from tangentlab.report.figures.movement import movement
@@ -19,6 +20,7 @@ FIGURES: tuple[Callable[[Sequence[Subject]], Figure], ...] = (
     accuracies,
     gaps,
     velocity,
+    decisions,
     distances,
     ranks,
     spectrum,
