@@ -49,6 +49,7 @@ class Line:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     thin: bool = False
+    labels: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,10 @@ def legend(figure: Figure) -> list[Key]:
     panels = [panel for panel in figure.panels if isinstance(panel, LinePanel)]
     lines = [line for panel in panels for line in panel.lines if line.in_legend]
     by_run = any(panel.colour is not None for panel in panels)
-    keys = {line.name: Key(line.name, None if by_run else line.colour, line.style) for line in lines}
+    keys = {
+        line.name: Key(line.name, None if by_run else line.colour, "dots" if line.labels else line.style)
+        for line in lines
+    }
     dots = [d for panel in figure.panels if isinstance(panel, DotPanel) for d in panel.dots]
     keys |= {d.name: Key(d.name, d.colour, "dots") for d in dots}
     return list(keys.values()) if len(keys) > 1 else []

@@ -81,8 +81,11 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
         )
         y_range = [math.log10(y) for y in y_range]
     layout["yaxis"]["range"] = y_range
-    layout["hovermode"] = "x unified"
-    layout["xaxis"] |= {"showspikes": False, "unifiedhovertitle": {"text": f"{panel.x_axis.unit} %{{x}}"}}
+    if any(line.labels for line in panel.lines):
+        layout["hovermode"] = "closest"
+    else:
+        layout["hovermode"] = "x unified"
+        layout["xaxis"] |= {"showspikes": False, "unifiedhovertitle": {"text": f"{panel.x_axis.unit} %{{x}}"}}
     layout["shapes"] = [_shaded(span) for span in panel.spans] + [
         {
             "type": "line", "xref": "x", "yref": "paper", "x0": mark.x, "x1": mark.x, "y0": 0, "y1": 1,
@@ -101,8 +104,10 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
             layout["annotations"].append(_label(mark.label, mark.x, row, run_colour(mark.colour), anchor))
             row += 1
     form = ".1%" if panel.y_axis.percent else ".3~g"
-    data = [_band(line) for line in panel.lines if line.low] + [
-        {
+    data = [_band(line) for line in panel.lines if line.low and not line.labels] + [
+        _points(line, panel.x_axis, form)
+        if line.labels
+        else {
             "type": "scatter",
             "mode": "lines" if len(line.x) > 1 else "markers",
             "name": html.escape(line.name),
@@ -116,6 +121,27 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
         for line in panel.lines
     ]
     return {"data": data, "layout": layout, "time": panel.x_axis.label}
+
+
+def _points(line: Line, x_axis: Axis, form: str) -> Spec:
+    """Points with their names, and their intervals upright."""
+    colour = run_colour(line.colour)
+    ends = zip(line.y, line.low or line.y, line.high or line.y, strict=True)
+    above, below = zip(*((high - y, y - low) for y, low, high in ends), strict=True)
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": html.escape(line.name),
+        "x": [_rounded(x) for x in line.x],
+        "y": [_rounded(y) for y in line.y],
+        "text": [html.escape(label) for label in line.labels],
+        "marker": {"color": colour, "size": 8, "symbol": "diamond"},
+        "error_y": {
+            "type": "data", "symmetric": False, "array": [_rounded(y) for y in above],
+            "arrayminus": [_rounded(y) for y in below], "color": colour, "thickness": 1, "width": 0,
+        },
+        "hovertemplate": f"%{{text}}<br>%{{y:{form}}}, {html.escape(x_axis.unit)} %{{x:.3~g}}<extra></extra>",
+    }  # fmt: skip
 
 
 def _band(line: Line) -> Spec:

@@ -27,6 +27,7 @@ from tangentlab.report.figure import (
     DotPanel,
     Figure,
     ForestPanel,
+    Line,
     LinePanel,
     MatrixPanel,
     Panel,
@@ -190,13 +191,16 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
     for span in panel.spans:
         axes.axvspan(span.start, span.end, color=LIGHT[span.label], alpha=0.25, linewidth=0)
     for line in panel.lines:
+        colour = run_colour(line.colour)
+        if line.labels:
+            _draw_points(axes, line)
+            continue
         if line.low:
-            colour = run_colour(line.colour)
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.14, linewidth=0)
         axes.plot(
             line.x,
             line.y,
-            color=run_colour(line.colour),
+            color=colour,
             linestyle=_DASHES[line.style],
             linewidth=0.5 if line.thin else None,
             marker="o" if len(line.x) == 1 else None,
@@ -225,6 +229,17 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
                 color=run_colour(mark.colour),
             )
             row += 1
+
+
+def _draw_points(axes: Axes, line: Line) -> None:
+    colour = run_colour(line.colour)
+    axes.plot(line.x, line.y, color=colour, linestyle="none", marker="D", markersize=2.6)
+    if line.low:
+        axes.vlines(line.x, line.low, line.high, color=colour, linewidth=0.6)
+    for x, y, label in zip(line.x, line.y, line.labels, strict=True):
+        axes.annotate(
+            label, (x, y), xytext=(2.5, 1), textcoords="offset points", fontsize=4, color=LIGHT["muted"]
+        )
 
 
 def _mark_rows(panel: Panel) -> int:

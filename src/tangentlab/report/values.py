@@ -59,7 +59,8 @@ class ValueFigure:
         key: of its files, in a-z, 0-9 and "-".
         title, caption: say what is seen; how means and intervals are drawn is added.
         y: the quantities.
-        x: "epoch" or "step" for curves, any other key for categories.
+        x: "epoch" or "step" for curves, any other key for categories; a quantity for points against it.
+        point: of points, the key whose every value is one; "" else.
         colour: key, a colour a value; "y", a colour a quantity, all on one axis.
         panels: likewise, a panel each; "" for one panel.
         views: likewise, a button each.
@@ -73,7 +74,8 @@ class ValueFigure:
     title: str
     caption: str
     y: tuple[Quantity, ...]
-    x: str = "epoch"
+    x: str | Quantity = "epoch"
+    point: str = ""
     colour: str = "method"
     panels: str = ""
     views: str = ""
@@ -82,6 +84,8 @@ class ValueFigure:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9-]+", self.key):
             raise ConfigError(f"figure key {self.key!r} cannot name a file; use a-z, 0-9 and '-'")
+        if isinstance(self.x, Quantity) != bool(self.point):
+            raise ConfigError(f"figure {self.key!r}: points need a quantity as x, and their own key")
         if len(self.y) != 1 and [self.colour, self.panels, self.views].count(QUANTITY) != 1:
             raise ConfigError(
                 f"figure {self.key!r} has {len(self.y)} quantities; one of colour, panels and views must be "
@@ -108,14 +112,21 @@ def read_figures(verdicts: Mapping[str, Any], path: Path) -> list[ValueFigure]:
 
 
 def _read_figure(entry: Mapping[str, Any]) -> ValueFigure:
-    texts = {name: entry[name] for name in ("key", "title", "caption", "x", "colour", "panels", "views")}
-    labels = [quantity[name] for quantity in entry["y"] for name in ("key", "label", "name")]
-    if not all(isinstance(text, str) for text in (*texts.values(), *labels)):
+    texts = {name: entry[name] for name in ("key", "title", "caption", "colour", "panels", "views")}
+    texts["point"] = entry.get("point", "")
+    if not all(isinstance(text, str) for text in texts.values()):
         raise TypeError("a name is no text")
-    y = tuple(
-        Quantity(q["key"], q["label"], q["name"], bool(q["log"]), bool(q["percent"])) for q in entry["y"]
-    )
-    return ValueFigure(**texts, y=y, where=dict(entry["where"]))
+    x = _read_quantity(entry["x"]) if isinstance(entry["x"], Mapping) else entry["x"]
+    if not isinstance(x, (str, Quantity)):
+        raise TypeError("a name is no text")
+    return ValueFigure(**texts, x=x, y=tuple(map(_read_quantity, entry["y"])), where=dict(entry["where"]))
+
+
+def _read_quantity(entry: Mapping[str, Any]) -> Quantity:
+    texts = {name: entry[name] for name in ("key", "label", "name")}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise TypeError("a name is no text")
+    return Quantity(**texts, log=bool(entry["log"]), percent=bool(entry["percent"]))
 
 
 def value_figure(declared: ValueFigure, lines: Sequence[Values]) -> Figure:
@@ -124,7 +135,7 @@ def value_figure(declared: ValueFigure, lines: Sequence[Values]) -> Figure:
     places = {value: place for place, value in enumerate(_by(lines, declared.colour))}  # as in other figures
     views = []
     for label, of_view, quantities in _split(kept, declared.views, declared.y):
-        rows = _rows(of_view, declared.x, quantities)
+        rows = [] if isinstance(declared.x, Quantity) else _rows(of_view, declared.x, quantities)
         drawn = (
             _panel(declared, name or label or left[0].label, of_panel, left, rows, places)
             for name, of_panel, left in _split(of_view, declared.panels, quantities)
@@ -132,7 +143,8 @@ def value_figure(declared: ValueFigure, lines: Sequence[Values]) -> Figure:
         panels = tuple(panel for panel in drawn if panel is not None)
         if panels:
             views.append(View(label, panels))
-    said = [declared.caption, _CURVES if declared.x in TIMES else _DOTS]
+    drawn_as = _POINTS if isinstance(declared.x, Quantity) else _CURVES if declared.x in TIMES else _DOTS
+    said = [declared.caption, drawn_as]
     if any(quantity.log for quantity in declared.y):
         said.append(_GEOMETRIC)
     return Figure(
@@ -145,6 +157,7 @@ def value_figure(declared: ValueFigure, lines: Sequence[Values]) -> Figure:
 
 
 _CURVES = "Lines: mean over seeds; shaded: its 95 % Student interval; thin: single seeds."
+_POINTS = "Diamonds and bars: mean over seeds and its 95 % Student interval."
 _DOTS = "Circles: single seeds; diamonds and bars: their mean and its 95 % Student interval."
 _GEOMETRIC = "On a logarithmic scale the mean is the geometric one."
 
@@ -163,6 +176,9 @@ def _panel(
     else:
         coloured = _by(lines, declared.colour).items()
         parts = [(places[value], _text(value), own, quantities[0]) for value, own in coloured]
+    if isinstance(declared.x, Quantity):
+        points = tuple(p for part in parts if (p := _points(*part, declared.x, declared.point)) is not None)
+        return LinePanel(title, declared.x.axis, axis, points) if points else None
     if declared.x in TIMES:
         curves = tuple(line for part in parts for line in _curves(*part, declared.x))
         return LinePanel(title, time_axis(declared.x), axis, curves) if curves else None
@@ -196,6 +212,23 @@ def _curve(lines: Sequence[Values], x: str, quantity: Quantity) -> dict[float, f
             times.setdefault(float(f"{time:.9g}"), []).append(line)
     found = {time: _numbers(own, quantity) for time, own in sorted(times.items())}
     return {time: _mean(numbers, quantity) for time, numbers in found.items() if numbers}
+
+
+def _points(
+    place: int, name: str, lines: Sequence[Values], quantity: Quantity, x: Quantity, point: str
+) -> Line | None:
+    """A point a value of that key, at its means over seeds."""
+    found = []
+    for value, own in _by(lines, point).items():
+        both = [line for line in own if _numbers([line], x) and _numbers([line], quantity)]
+        seeds = [_mean(_numbers(of_seed, quantity), quantity) for of_seed in _by(both, "seed").values()]
+        if seeds:
+            low, high = _interval(seeds, quantity) if len(seeds) > 1 else (seeds[0], seeds[0])
+            found.append((_mean(_numbers(both, x), x), _mean(seeds, quantity), low, high, _text(value)))
+    if not found:
+        return None
+    xs, ys, low_ends, high_ends, labels = zip(*found, strict=True)
+    return Line(name, xs, ys, place, low=low_ends, high=high_ends, labels=labels)
 
 
 def _dots(

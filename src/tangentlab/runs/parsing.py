@@ -140,8 +140,9 @@ def config_parser(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()
     if isinstance(switch, Mapping) and switch.get("rule", defaults.switch.rule) != "none":
         _add_method(parser, values, "switch.to", SWITCHED_TO, _described(SwitchConfig)["to"])
         derived = parser.get_defaults()
-        if derived["switch.to.name"] == "atta" and "method.keep_perturbations" in derived:
-            parser.set_defaults({"method.keep_perturbations": True})  # it starts from them
+        if derived["switch.to.name"] == "atta":  # it starts from what the method kept
+            own = {"switch.to.reset_epochs": None, "method.keep_perturbations": True}
+            parser.set_defaults({name: value for name, value in own.items() if name in derived})
     return parser
 
 

@@ -32,13 +32,13 @@ class ATTATraining(Adversarial):
         eps: radius of the linf ball, in units of inputs in [0, 1].
         step_size: length of one step, same unit; none for the authors' eps/2 at one step, eps/4 at more.
         num_steps: at least 1.
-        reset_epochs: at least 1.
+        reset_epochs: at least 1; none for never.
     """
 
     eps: float
     step_size: float | None = None
     num_steps: int = 1
-    reset_epochs: int = 10
+    reset_epochs: int | None = 10
 
     crafting_statistics: str = field(default="running", kw_only=True)
     buffer_updates: tuple[str, ...] = field(default=("loss",), kw_only=True)
@@ -46,9 +46,9 @@ class ATTATraining(Adversarial):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(self.eps, self.step_size)
-        for name in ("num_steps", "reset_epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is out of range; at least 1")
+        for name, value in (("num_steps", self.num_steps), ("reset_epochs", self.reset_epochs)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} is out of range; at least 1")
 
     @property
     def crafting_passes(self) -> Passes:

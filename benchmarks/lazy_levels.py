@@ -1,0 +1,67 @@
+"""Where the velocity of the kernel levels off under PGD training, as a share of the fastest: what the levels of
+the switch's rule were chosen by.
+
+    python benchmarks/lazy_levels.py results/lazy/levels.json --seeds 0 1 2
+
+Fashion-MNIST at tier 1, the first half of the training, before the learning rate falls; the switch looks and
+never changes. The runs are written to a temporary folder; the JSON file keeps their velocities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tangentlab.records import environment
+from tangentlab.runs import load_config, train
+
+INPUTS = ("clean", "pgd")
+WATCHING = (
+    "--method=pgd --training.epochs=8 --training.schedule=constant --probe.size=0 --threads=1 "
+    "--channels_last=true --evaluation.test_num_steps=1 --evaluation.test_size=100 --evaluation.every=8 "
+    "--switch.rule=kernel --switch.threshold=1e-9 --switch.resume=1"
+)
+SETTLED = 4.0  # epochs: from here on the velocity is called level
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    # Once, before the file that it goes to is touched: the commit would look changed.
+    machine, rows = environment(), []
+    for seed in options.seeds:
+        for inputs in INPUTS:
+            rows.append(row(seed, inputs))
+            print(json.dumps({key: rows[-1][key] for key in ("seed", "inputs", "level")}), flush=True)
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps({"environment": machine, "runs": rows}, indent=1) + "\n")
+
+
+def row(seed: int, inputs: str) -> dict[str, Any]:
+    """One run's velocities, and the median of the level ones over the fastest."""
+    words = [*WATCHING.split(), f"--switch.inputs={inputs}", f"--seed={seed}"]
+    with tempfile.TemporaryDirectory() as folder:
+        record = train(load_config("fashion-mnist", words), Path(folder) / "run")
+    epochs, velocity = record.series("switch/velocity")
+    level = median(v for epoch, v in zip(epochs, velocity, strict=True) if epoch > SETTLED)
+    return {
+        "seed": seed,
+        "inputs": inputs,
+        "level": level / max(velocity),
+        "epochs": epochs,
+        "velocity": velocity,
+        "steering_seconds": record.status["steering_seconds"],
+        "train_seconds": record.status["train_seconds"],
+    }
+
+
+if __name__ == "__main__":
+    main()
