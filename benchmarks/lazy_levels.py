@@ -1,4 +1,4 @@
-"""Where the velocity of the kernel levels off under PGD training, as a share of the fastest: what the levels of
+"""Where the kernel's velocity levels off under PGD training, over the fastest: what the levels of
 the switch's rule were chosen by.
 
     python benchmarks/lazy_levels.py results/lazy/levels.json --seeds 0 1 2

@@ -27,10 +27,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tangentlab import metrics
-from tangentlab.data import Augmentation, Batches
 from tangentlab.kernels import Linearized
 from tangentlab.probes import KernelProbe
 from tangentlab.records import RunRecord, read_run
@@ -38,10 +36,10 @@ from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, build_probe
 from tangentlab.runs.evaluation import checkpoint_path, count_correct, kept_checkpoints
+from tangentlab.runs.frozen import train_frozen
 from tangentlab.studies.claims import Claim, Verdict, judge
 from tangentlab.studies.study import Study, Values
 from tangentlab.training import load_weights
-from tangentlab.training.schedules import cosine
 
 METHODS = ("standard", "fgsm_rs", "n_fgsm", "pgd", "trades")
 ADVERSARIAL = METHODS[1:]
@@ -418,24 +416,15 @@ CARRIED_STEPS, CARRIED_BATCH, CARRIED_POINTS = 300, 64, 300
 def _carried(record: RunRecord, config: RunConfig, examples: Examples, model: nn.Module) -> dict[str, Any]:
     load_weights(checkpoint_path(record.folder, "last"), model)
     network = Linearized(model, zero_offset=True)
-    batches = Batches(
-        examples.train,
-        batch_size=CARRIED_BATCH,
-        seed=config.seed,
-        augmentation=Augmentation(),
-        device="cpu",
-    )
-    # The loss's curvature is at most half of the kernel's top eigenvalue over n; momentum steps are stable
-    # up to 3.8 over it.
     eigenvalues = record.series("kernel/clean/class/top_eigenvalues")[1][-1]
-    peak = config.probe.size / eigenvalues[0]
-    optimizer = torch.optim.SGD(network.delta.parameters(), lr=peak, momentum=0.9)
-    for step in range(CARRIED_STEPS):
-        optimizer.param_groups[0]["lr"] = peak * cosine(step / CARRIED_STEPS)
-        x, y, _ = batches.batch(step)
-        optimizer.zero_grad()
-        F.cross_entropy(network(x), y).backward()
-        optimizer.step()
+    train_frozen(
+        network,
+        examples.train,
+        steps=CARRIED_STEPS,
+        batch_size=CARRIED_BATCH,
+        peak=config.probe.size / eigenvalues[0],
+        seed=config.seed,
+    )
     points = examples.validation.select(torch.arange(min(CARRIED_POINTS, len(examples.validation))))
     attacks = {"clean": None, "robust": build_attack(config, num_steps=10)}
     found = {

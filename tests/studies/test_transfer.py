@@ -1,0 +1,140 @@
+"""The study of frozen kernels: its runs, what is read off them, and the verdicts that planted values give."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tangentlab.kernels import Linearized, ntk
+from tangentlab.runs import RunConfig, train
+from tangentlab.runs.build import build_data, build_model
+from tangentlab.runs.frozen import train_frozen
+from tangentlab.studies import transfer
+from tangentlab.studies.claims import Verdict
+from tangentlab.studies.transfer import STUDY, TIERS
+from tiny import TINY
+
+Line = dict[str, Any]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_runs_keep_the_moments(tier: int) -> None:
+    runs = STUDY.runs(tier, [2])
+    assert set(runs) == {f"{method}-2" for method in TIERS[tier][2]}
+    for config in runs.values():
+        every = config.training.keep_every
+        assert every is not None
+        for share in transfer.MOMENTS.values():  # each within half a gap
+            assert (
+                abs(share * config.training.epochs / every - round(share * config.training.epochs / every))
+                < 1e-6
+            )
+
+
+@pytest.fixture
+def finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, RunConfig]:
+    words = " ".join(word for word in TINY if not word.startswith(("--method", "--probe")))
+    monkeypatch.setitem(TIERS, 0, ("digits", f"{words} --training.keep_every=1", ("standard", "pgd")))
+    for name, value in {"STEPS": 4, "BATCH": 20, "POINTS": 30, "FITTED": 20, "PROBED": 20}.items():
+        monkeypatch.setattr(transfer, name, value)
+    runs = dict(STUDY.runs(0, [1]))
+    for key, config in runs.items():
+        train(config, tmp_path / key)
+    return runs
+
+
+def test_a_run_is_read_at_three_moments(finished: dict[str, RunConfig], tmp_path: Path) -> None:
+    lines = list(STUDY.measure(tmp_path / "pgd-1", finished["pgd-1"]))
+    assert Counter(line["what"] for line in lines) == {"run": 1, "kernel": 3, "frozen": 18, "regression": 3}
+    assert [line["epoch"] for line in lines if line["what"] == "kernel"] == [0.0, 1.0, 3.0]
+    kernel = lines[1] if lines[0]["what"] == "run" else lines[0]
+    assert kernel["to_standard"] == pytest.approx(0, abs=1e-6)  # both before training
+    last = [line for line in lines if line["what"] == "kernel"][-1]
+    assert last["to_standard"] > 1e-4
+    assert "to_pgd" not in last
+    for line in lines:
+        for name, value in line.items():
+            assert not name.endswith("_accuracy") or 0 <= value <= 1
+    found = next(line for line in lines if line["what"] == "regression" and line["moment"] == "end")
+    own = next(line for line in lines if line["what"] == "run")
+    assert found["network_robust_accuracy"] == own["robust_accuracy"]
+    assert found["residual"] < 1e-2
+
+
+def test_the_regression_is_the_exact_kernels() -> None:
+    """Against Θ(x', x) (Θ + ridge)⁻¹ y, dense."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, points, y = (torch.randn(n, k, dtype=torch.float64) for n, k in ((7, 6), (5, 6), (7, 3)))
+    theta, cross = (ntk(model, left, x, kind="full").permute(0, 2, 1, 3) for left in (x, points))
+    theta, cross = theta.reshape(21, 21), cross.reshape(15, 21)
+    exact = cross @ torch.linalg.solve(theta + 0.5 * torch.eye(21, dtype=torch.float64), y.flatten())
+    fitted, found = transfer.fit(model, x, y, ridge=0.5)
+    assert found.residual < 1e-3
+    assert torch.allclose(fitted(points).flatten(), exact, atol=1e-2 * float(exact.abs().max()))
+
+
+def test_training_a_frozen_network_lowers_its_loss(finished: dict[str, RunConfig]) -> None:
+    config = finished["pgd-1"]
+    examples = build_data(config)
+    network = Linearized(build_model(config, examples, torch.device("cpu")))
+    x, y = examples.train.x(), examples.train.labels
+    before = float(nn.functional.cross_entropy(network(x), y).detach())
+    settings = {"steps": 30, "batch_size": 40, "peak": 1.0, "seed": 0}
+    train_frozen(network, examples.train, **settings)
+    after = float(nn.functional.cross_entropy(network(x), y).detach())
+    assert after < before - 0.05
+    again = Linearized(build_model(config, examples, torch.device("cpu")))
+    train_frozen(again, examples.train, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(network.delta, again.delta, strict=True))
+
+
+def planted(seed: int) -> list[Line]:
+    def line(what: str, method: str, moment: str, **values: Any) -> Line:
+        return {"what": what, "method": method, "moment": moment, "seed": seed, **values}
+
+    lines = [line("run", "pgd", "end", robust_accuracy=0.6)]
+    for method, robust in {"standard": 0.1, "fgsm_rs": 0.5, "pgd": 0.55}.items():
+        for moment, lost in {"early": 0.2, "middle": 0.06, "end": 0.0}.items():
+            lines += [
+                line(
+                    "frozen",
+                    method,
+                    moment,
+                    offset=offset,
+                    examples=examples,
+                    robust_accuracy=robust - lost + more,
+                )
+                for offset in transfer.OFFSETS
+                for examples, more in {"clean": -0.02, "one-step": 0.0, "pgd": 0.001 * seed}.items()
+            ]
+        lines.append(
+            line("regression", method, "end", robust_accuracy=robust, network_clean_accuracy=0.8,
+                 network_robust_accuracy=0.5, transferred_accuracy=0.7)
+        )  # fmt: skip
+    return lines
+
+
+def test_verdicts_on_planted_values() -> None:
+    values = [line for seed in range(3) for line in planted(seed)]
+    found: dict[str, Verdict] = {v.claim.id.partition("/")[2]: v for v in STUDY.judge(values, "here")}
+    assert {name: verdict.verdict for name, verdict in found.items()} == {
+        "suffices": "refuted",
+        "early": "supported",
+        "clean": "refuted",
+        "kernel-or-examples": "supported",
+        "one-step": "refuted",
+        "regression": "supported",
+        "training-free": "refuted",
+    }
+    assert found["suffices"].values[2] == pytest.approx(60 - 49.2)
+    assert found["training-free"].effect == pytest.approx(1 / 3)
+    without = [line for line in values if (line["seed"], line["method"]) != (0, "fgsm_rs")]
+    fewer = {v.claim.id.partition("/")[2]: v for v in STUDY.judge(without, "here")}
+    assert set(fewer["one-step"].values) == {1, 2}
+    assert set(fewer["suffices"].values) == {0, 1, 2}
