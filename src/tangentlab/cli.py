@@ -113,7 +113,9 @@ def _parser() -> Parser:
     evaluate.set_defaults(call=_evaluate)
 
     study = commands.add_parser("study", help="a study of claims: its runs, what is measured, the verdicts")
-    study.add_argument("name", metavar="NAME", help="evolution, normalization, gap; or all, for the ledger")
+    study.add_argument(
+        "name", metavar="NAME", help="evolution, normalization, gap, lazy, transfer; or all, for the ledger"
+    )
     study.add_argument("folders", type=Path, nargs="*", metavar="FOLDER",
                        help="with all: where to take claims from (default: results/studies/*)")  # fmt: skip
     study.add_argument("--out", type=Path,
@@ -121,6 +123,8 @@ def _parser() -> Parser:
                        "to write instead of printing")  # fmt: skip
     study.add_argument("--tier", type=int, default=1, help="0, 1 or 2: data and network (default: 1)")
     study.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="SEED")
+    study.add_argument("--only", nargs="+", default=[], metavar="RUN",
+                       help="runs of these names alone, such as pgd (default: all)")  # fmt: skip
     study.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
     study.set_defaults(call=_study)
 
@@ -271,7 +275,13 @@ def _study(options: argparse.Namespace, _: list[str]) -> None:
     out = options.out or Path("runs") / options.name
     with ProgressDisplay() as display:
         verdicts = run_study(
-            options.name, out, tier=options.tier, seeds=options.seeds, jobs=options.jobs, display=display
+            options.name,
+            out,
+            tier=options.tier,
+            seeds=options.seeds,
+            only=options.only,
+            jobs=options.jobs,
+            display=display,
         )
     _print(ledger([verdicts]))
     _print(f"Study: {out}")

@@ -142,3 +142,21 @@ def test_the_command_names_the_studies(capsys: pytest.CaptureFixture[str], tmp_p
     assert "holds no study" in capsys.readouterr().err
     assert main(["study", "evolution", str(tmp_path)]) == 2
     assert "is for 'all'" in capsys.readouterr().err
+
+
+def test_only_some_runs_of_a_seed(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = module.load_study("evolution")
+
+    def runs(tier: int, seeds: Sequence[int]) -> Mapping[str, RunConfig]:
+        tiny = study.runs(tier, seeds).items()
+        return {f"{name}-{key}": replace(config, name=name) for key, config in tiny for name in ("a", "b")}
+
+    monkeypatch.setattr(module, "load_study", lambda name: replace(study, runs=runs))
+    run_study("evolution", tmp_path, tier=0, seeds=[3], only=["b"])
+    assert measured == ["b-tiny-3"]
+    run_study("evolution", tmp_path, tier=0, seeds=[3])
+    assert measured == ["b-tiny-3", "a-tiny-3"]
+    with pytest.raises(ConfigError, match="run 'c' is unknown; choose from 'a', 'b'"):
+        run_study("evolution", tmp_path, tier=0, seeds=[3], only=["c"])

@@ -75,27 +75,36 @@ def run_study(
     *,
     tier: int = 1,
     seeds: Sequence[int] = (0, 1, 2),
+    only: Sequence[str] = (),
     jobs: int = 1,
     display: Display | None = None,
 ) -> dict[str, Any]:
     """Seed by seed, train what is not trained and measure what is not measured; judge, and return study.json.
 
     The same call again goes on; more seeds may be added. A seed whose values are all there needs its runs no
-    more, so that a folder with config.yaml and values.jsonl alone goes on, on another machine too.
+    more, so that a folder with config.yaml and values.jsonl alone goes on, on another machine too. ``only``
+    the runs of these names, where more seeds of a few are wanted; claims that need others go without.
 
     Raises:
-        ConfigError: an unknown study or tier, or ``out`` holds another study.
+        ConfigError: an unknown study, tier or run, or ``out`` holds another study.
         InterruptedRunError: Ctrl-C; the same call goes on.
         TangentlabError: runs failed; the other seeds are measured, but nothing is judged anew.
     """
     study, folder = load_study(name), Path(out)
     if tier not in TIERS:
         raise ConfigError(unknown_choice("tier", tier, map(str, TIERS)))
+    for name in only:
+        if name not in (names := [config.name for config in study.runs(tier, seeds[:1]).values()]):
+            raise ConfigError(unknown_choice("run", name, names))
     _claim_folder(folder, study, tier, seeds)
     known = {line["run"] for line in read_values(folder)}
     outcomes: list[Outcome] = []
     for seed in dict.fromkeys(seeds):
-        runs = {folder / "runs" / key: config for key, config in study.runs(tier, [seed]).items()}
+        runs = {
+            folder / "runs" / key: config
+            for key, config in study.runs(tier, [seed]).items()
+            if not only or config.name in only
+        }
         left = [run for run in runs if run.name not in known]
         if not left:
             continue
