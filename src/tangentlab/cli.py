@@ -121,6 +121,7 @@ def _parser() -> Parser:
     study.add_argument("--out", type=Path,
                        help="folder, gone on with where it exists (default: runs/NAME); with all: HTML file "
                        "to write instead of printing")  # fmt: skip
+    study.add_argument("--source", metavar="TEXT", help="with all: claims whose source holds this text")
     study.add_argument("--tier", type=int, default=1, help="0, 1 or 2: data and network (default: 1)")
     study.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="SEED")
     study.add_argument("--only", nargs="+", default=[], metavar="RUN",
@@ -261,15 +262,17 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
 def _study(options: argparse.Namespace, _: list[str]) -> None:
     from tangentlab.report import write_ledger
     from tangentlab.runs.display import ProgressDisplay
-    from tangentlab.studies import judge_study, ledger, run_study
+    from tangentlab.studies import judge_study, ledger, of_source, run_study
 
     if options.name == "all":
         results = Path("results/studies").glob("*/config.yaml")
         folders = options.folders or sorted(path.parent for path in results)
-        found = [judge_study(folder) for folder in folders]
+        found = [of_source(judge_study(folder), options.source or "") for folder in folders]
         table = ledger(found)
         _print(table if options.out is None else f"Ledger: {write_ledger(found, options.out)}")
         return
+    if options.source is not None:
+        raise ConfigError(f"--source {options.source!r} is for 'all'")
     if options.folders:
         raise ConfigError(f"{options.folders[0]} is for 'all'; study {options.name!r} takes --out FOLDER")
     out = options.out or Path("runs") / options.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tangentlab.errors import ConfigError
-from tangentlab.studies.claims import Claim, judge, ledger
+from tangentlab.studies.claims import Claim, judge, ledger, of_source
 
 ABOVE = Claim("test/above", "It exceeds 1.", "effect", 1.0)
 BELOW = Claim("test/below", "It stays below 1.", "effect", 1.0, above=False)
@@ -35,11 +35,18 @@ def test_the_interval_is_students() -> None:
     assert list(found.values) == [0, 1, 2]
 
 
-def test_the_ledger_has_a_row_a_claim() -> None:
+def test_the_ledger_has_a_table_a_setting_and_a_row_a_claim() -> None:
     values = {0: 2.0, 1: 2.1, 2: 1.9}
-    studies = [{"claims": [judge(claim, "here", values).as_dict()]} for claim in (ABOVE, BELOW)]
-    rows = ledger(studies).splitlines()
-    assert rows[2] == "| It exceeds 1. | here | 2 [1.75, 2.25] | > 1 | 3 | supported |"
-    assert rows[3].endswith("| < 1 | 3 | refuted |")
-    with pytest.raises(ConfigError, match="there is no study"):
+    found = [judge(ABOVE, "here", values), judge(BELOW, "here", values), judge(ABOVE, "there", {})]
+    studies = [{"study": "mine", "claims": [verdict.as_dict() for verdict in found]}]
+    here, there = ledger(studies).split("\n\n**")
+    rows = here.splitlines()
+    assert rows[0] == "**mine** on here"
+    assert rows[4] == "| It exceeds 1. | 2 [1.75, 2.25] | > 1 | 3 | supported |"
+    assert rows[5].endswith("| < 1 | 3 | refuted |")
+    assert there.splitlines()[-1] == "| It exceeds 1. | – | > 1 | 0 | inconclusive |"
+    with pytest.raises(ConfigError, match="there is no claim"):
         ledger([])
+    with pytest.raises(ConfigError, match="there is no claim"):
+        ledger([of_source(study, "nobody's") for study in studies])
+    assert ledger([of_source(study, "this proj") for study in studies]) == ledger(studies)

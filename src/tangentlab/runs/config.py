@@ -190,8 +190,8 @@ class SwitchConfig:
     every: float = 0.25
     size: int = 20
     inputs: Literal["clean", "pgd"] = "clean"
-    threshold: float = 0.1
-    resume: float = 0.2
+    threshold: float = 0.3
+    resume: float = 0.6
     patience: int = 2
     return_on_drop: bool = True
     held_out: int = 0

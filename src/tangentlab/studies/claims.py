@@ -15,6 +15,7 @@ from tangentlab.errors import ConfigError
 from tangentlab.metrics import mean_interval
 
 LEAST_SEEDS = 3
+PAPER = "arXiv 2312.02236"
 
 Word = Literal["supported", "refuted", "inconclusive"]
 
@@ -101,22 +102,32 @@ def judge(claim: Claim, setting: str, values: Mapping[int, float]) -> Verdict:
     return Verdict(claim, setting, known, effect, (low, high), word)
 
 
+def of_source(study: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A study.json with those claims alone whose source holds the text."""
+    return {**study, "claims": [entry for entry in study["claims"] if text in entry["source"]]}
+
+
 def ledger(studies: Iterable[Mapping[str, Any]]) -> str:
-    """The claims of several study.json as a Markdown table, a row a claim and setting."""
-    lines = [
-        "| claim | setting | effect [95 % interval] | threshold | seeds | verdict |",
-        "|---|---|---|---|---|---|",
-    ]
+    """The claims of several study.json as Markdown: a table a study and setting, a row a claim.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    tables: dict[tuple[str, str], list[str]] = {}
     for study in studies:
         for entry in study["claims"]:
             sign = ">" if entry["above"] else "<"
-            lines.append(
-                f"| {entry['statement']} | {entry['setting']} | {_effect(entry)} "
-                f"| {sign} {entry['threshold']:g} | {len(entry['values'])} | {entry['verdict']} |"
+            tables.setdefault((study["study"], entry["setting"]), []).append(
+                f"| {entry['statement']} | {_effect(entry)} | {sign} {entry['threshold']:g} "
+                f"| {len(entry['values'])} | {entry['verdict']} |"
             )
-    if len(lines) == 2:
-        raise ConfigError("there is no study to take claims from; run one with tangentlab study NAME")
-    return "\n".join(lines)
+    if not tables:
+        raise ConfigError("there is no claim to list; run a study with tangentlab study NAME")
+    head = ["| claim | effect [95 % interval] | threshold | seeds | verdict |", "|---|---|---|---|---|"]
+    return "\n\n".join(
+        "\n".join([f"**{study}** on {setting}", "", *head, *rows])
+        for (study, setting), rows in tables.items()
+    )
 
 
 def _effect(entry: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, build_probe
 from tangentlab.runs.evaluation import checkpoint_path, count_correct, kept_checkpoints
 from tangentlab.runs.frozen import train_frozen
-from tangentlab.studies.claims import Claim, Verdict, judge
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge
 from tangentlab.studies.study import Study, Values
 from tangentlab.training import load_weights
 
@@ -60,7 +60,6 @@ METRICS = ("distance_from_first", *SPEEDS, *COUNTS, "target_alignment", "special
 
 LOO = "Loo et al. 2022"
 TSILIVIS = "Tsilivis & Kempe 2022"
-PAPER = "arXiv 2312.02236"
 CLAIMS = (
     Claim(
         "evolution/settles-earlier",

@@ -38,7 +38,7 @@ from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.again import LossTerm, Repeated, train_again
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import kept_checkpoints
-from tangentlab.studies.claims import Claim, Verdict, judge
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge
 from tangentlab.studies.study import Study
 from tangentlab.training import load_weights
 
@@ -71,7 +71,7 @@ ERROR = Claim(
     "training follows, on PGD inputs.",
     "‖Θ_batch − Θ_running‖/‖Θ_batch‖ at the last checkpoint",
     0.1,
-    source="arXiv 2312.02236",
+    source=PAPER,
 )
 ADVERSARIAL = Claim(
     "gap/adversarial",
@@ -79,7 +79,7 @@ ADVERSARIAL = Claim(
     "more than 0.",
     "difference of the relative errors at the last checkpoint",
     0.0,
-    source="arXiv 2312.02236",
+    source=PAPER,
 )
 DERIVATIVE = Claim(
     "gap/derivative",
@@ -123,7 +123,7 @@ LAZY = Claim(
     "frozen kernel says of them rises by more than 0.1 from the first epoch's end to the last's.",
     "difference of the cosines, on PGD inputs and batch statistics",
     0.1,
-    source="Fort et al. 2020; arXiv 2312.02236",
+    source=f"Fort et al. 2020; {PAPER}",
 )
 
 

@@ -26,7 +26,7 @@ from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, evaluate, load_config
 from tangentlab.runs.parsing import build_method
-from tangentlab.studies.claims import Claim, Verdict, judge
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge
 from tangentlab.studies.study import Study, Values
 
 
@@ -205,7 +205,6 @@ def kind(arm: str) -> str:
 
 # --- claims ----------------------------------------------------------------------------------------------
 
-PAPER = "arXiv 2312.02236"
 CLEAN = Claim(
     "lazy/clean",
     "Once the kernel is lazy, PGD training goes on with clean examples and loses less than 1 point of robust "

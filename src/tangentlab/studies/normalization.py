@@ -41,7 +41,7 @@ from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import checkpoint_path, count_correct
-from tangentlab.studies.claims import Claim, Verdict, judge
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge
 from tangentlab.studies.study import Study, Values
 from tangentlab.training import load_weights, recalibrate
 
@@ -118,7 +118,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "input-each": ("--data.normalize=per-image",),
 }
 
-PAPER = "arXiv 2312.02236"
 CLEAN_STATISTICS = Claim(
     "normalization/clean-statistics",
     "A PGD-trained network gains more than 0.5 points of clean accuracy when the statistics of clean inputs "

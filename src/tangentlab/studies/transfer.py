@@ -32,7 +32,7 @@ from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model
 from tangentlab.runs.evaluation import count_correct, kept_checkpoints
 from tangentlab.runs.frozen import train_frozen
-from tangentlab.studies.claims import Claim, Verdict, judge
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge
 from tangentlab.studies.study import Study, Values
 from tangentlab.training import load_weights
 
@@ -68,7 +68,6 @@ FITTED = 300  # class-balanced training examples of the regression
 RIDGE = 1e-2  # over the kernel's mean diagonal
 PRODUCTS = 300  # of conjugate gradients
 
-PAPER = "arXiv 2312.02236"
 LOO = "Loo et al. 2022, arXiv 2210.12030"
 SUFFICES = Claim(
     "transfer/suffices",
