@@ -1,0 +1,42 @@
+"""The ledgers in the documents are what the committed raw values give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tangentlab.files import finite
+from tangentlab.records import read_study
+from tangentlab.studies import judge_study, ledger, of_source
+from tangentlab.studies.claims import PAPER
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(path.parent for path in (ROOT / "results" / "studies").glob("*/config.yaml"))
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    return [judge_study(folder) for folder in FOLDERS]
+
+
+def between(document: str, command: str) -> str:
+    text = (ROOT / document).read_text()
+    return text.partition(f"<!-- {command} -->\n")[2].partition("<!-- end -->")[0].strip()
+
+
+def test_the_findings_are_the_ledger(found: list[dict[str, Any]]) -> None:
+    assert between("docs/findings.md", "tangentlab study all") == ledger(found)
+
+
+def test_the_readme_has_the_papers_claims(found: list[dict[str, Any]]) -> None:
+    command = f"tangentlab study all --source '{PAPER}'"
+    assert between("README.md", command) == ledger([of_source(study, PAPER) for study in found])
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_committed_verdicts_are_those_of_the_values(folder: Path) -> None:
+    committed = read_study(folder).verdicts
+    assert committed["environment"]["commit"]
+    assert committed["claims"] == finite(judge_study(folder)["claims"])
