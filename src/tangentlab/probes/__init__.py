@@ -9,6 +9,7 @@ from tangentlab.probes.change import (
 )
 from tangentlab.probes.kernel_probe import KernelProbe
 from tangentlab.probes.lazy_switch import LazySwitch, Look
+from tangentlab.probes.signals import linearity_signals
 
 __all__ = [
     "AdversarialChange",
@@ -18,5 +19,6 @@ __all__ = [
     "OutputChange",
     "adversarial_change",
     "drift_only",
+    "linearity_signals",
     "output_change",
 ]
