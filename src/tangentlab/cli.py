@@ -114,7 +114,9 @@ def _parser() -> Parser:
 
     study = commands.add_parser("study", help="a study of claims: its runs, what is measured, the verdicts")
     study.add_argument(
-        "name", metavar="NAME", help="evolution, normalization, gap, lazy, transfer; or all, for the ledger"
+        "name",
+        metavar="NAME",
+        help="evolution, normalization, gap, lazy, transfer, overfitting; or all, for the ledger",
     )
     study.add_argument("folders", type=Path, nargs="*", metavar="FOLDER",
                        help="with all: where to take claims from (default: results/studies/*)")  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,13 +20,15 @@ from planted_study import FIGURES, METHODS, STATISTICS
 
 from tangentlab.cli import main
 from tangentlab.errors import ConfigError, RunFolderError
+from tangentlab.files import finite
 from tangentlab.metrics import mean_interval
 from tangentlab.records import read_study
 from tangentlab.report import write_ledger, write_report
 from tangentlab.report.claims import forest, read_ledger
 from tangentlab.report.figure import DotPanel, ForestPanel, LinePanel, dot_rows, legend
 from tangentlab.report.interactive import specifications
-from tangentlab.report.values import Quantity, ValueFigure, value_figure
+from tangentlab.report.paper import write_paper_figure
+from tangentlab.report.values import Quantity, ValueFigure, read_figures, value_figure
 
 GAP, CURVES, DOTS = FIGURES
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>${7*7}{{7*7}}%{x}$_$|"
@@ -341,3 +344,51 @@ def test_a_study_stands_alone_and_judged(tmp_path: Path) -> None:
     (folder / "study.json").unlink()
     with pytest.raises(RunFolderError, match=r"no study.json yet; tangentlab study gap --out .*gap goes on"):
         write_report([folder], tmp_path / "report.html")
+
+
+def test_points_lie_at_their_means_with_their_names(tmp_path: Path) -> None:
+    cost, accuracy = Quantity("cost", "cost"), Quantity("accuracy", "accuracy", percent=True)
+    declared = ValueFigure("frontier", "F", "", (accuracy,), x=cost, point="arm", colour="kind")
+    lines = [
+        {"arm": arm, "kind": kind, "seed": seed, "cost": x + seed, "accuracy": y + 0.01 * seed}
+        for arm, kind, x, y in (("a", "one", 10, 0.5), ("b", "one", 20, 0.6), ("c", "two", 5, 0.2))
+        for seed in range(3)
+    ]
+    figure = value_figure(declared, lines)
+    (panel,) = figure.panels
+    assert isinstance(panel, LinePanel)
+    one = panel.lines[0]
+    assert (one.name, tuple(one.labels), tuple(one.x)) == ("one", ("a", "b"), (11.0, 21.0))
+    assert tuple(one.y) == pytest.approx((0.51, 0.61))
+    low, high = mean_interval([0.5, 0.51, 0.52])
+    assert (one.low[0], one.high[0]) == pytest.approx((low, high))
+    assert [key.style for key in legend(figure)] == ["dots", "dots"]
+    trace = specifications(figure)[0][0]["data"][0]
+    assert trace["mode"] == "markers"
+    assert trace["text"] == ["a", "b"]
+    write_paper_figure(figure, tmp_path)
+    drawn = (tmp_path / "values-frontier.svg").read_text()
+    assert all(f">{arm}<" in drawn for arm in ("a", "b", "c"))
+    assert _read_back(declared) == declared
+    with pytest.raises(ConfigError, match="points need a quantity"):
+        replace(declared, point="")
+
+
+def _read_back(declared: ValueFigure) -> ValueFigure:
+    entry = json.loads(json.dumps(finite(asdict(declared))))
+    return read_figures({"figures": [entry]}, Path("study.json"))[0]
+
+
+def test_derived_values_are_drawn_with_the_raw_ones(study: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gap"
+    shutil.copytree(study, folder)
+    verdicts = json.loads((folder / "study.json").read_text())
+    declared = ValueFigure("worth", "What it is worth", "", (Quantity("worth", "worth"),), x="signal")
+    verdicts["figures"] = [finite(asdict(declared))]
+    verdicts["derived"] = [{"method": "pgd", "seed": seed, "signal": "s", "worth": 0.5} for seed in range(3)]
+    (folder / "study.json").write_text(json.dumps(verdicts))
+    assert "What it is worth" in write_report([folder], folder / "report.html").read_text()
+    assert (folder / "figures" / "values-worth.svg").exists()
+    (folder / "study.json").write_text(json.dumps({**verdicts, "derived": [1]}))
+    with pytest.raises(RunFolderError, match="derived values cannot be read"):
+        write_report([folder], folder / "report.html")

@@ -7,6 +7,7 @@ themselves. ``estimate_…`` and :func:`top_eigenpairs` take operators, of which
 """
 
 from tangentlab.metrics.alignment import centered_alignment, kernel_target_alignment
+from tangentlab.metrics.detection import alarm_threshold, detection_area, first_alarm
 from tangentlab.metrics.distance import (
     Velocity,
     difference_in_top,
@@ -54,8 +55,10 @@ __all__ = [
     "SpectrumEstimate",
     "Stages",
     "Velocity",
+    "alarm_threshold",
     "catastrophic_overfitting",
     "centered_alignment",
+    "detection_area",
     "difference_in_top",
     "distance_matrix",
     "eigenvalues",
@@ -64,6 +67,7 @@ __all__ = [
     "estimate_spectrum",
     "estimate_trace",
     "find_stages",
+    "first_alarm",
     "intrinsic_dimension",
     "jackknife",
     "kernel_angle",

@@ -31,7 +31,7 @@ from tangentlab.report.paper import write_paper_figure
 from tangentlab.report.subject import Subject, clean_text, subjects
 from tangentlab.report.summary import states, summary
 from tangentlab.report.table import attack_columns, attack_settings, data_name, flags, table
-from tangentlab.report.values import read_figures, value_figure
+from tangentlab.report.values import read_derived, read_figures, value_figure
 
 _FOLDER = "figures"
 
@@ -88,7 +88,8 @@ def _study_page(study: StudyRecord) -> _Page:
     runs = subjects([run for of_seed in seeds.values() for run in of_seed])
     first = runs[: len(next(iter(seeds.values()), []))]
     figures = [figure for make in FIGURES if first and (figure := make(first)).views]
-    values = [value_figure(declared, study.values) for declared in read_figures(study.verdicts, path)]
+    lines = [*study.values, *read_derived(study.verdicts, path)]
+    values = [value_figure(declared, lines) for declared in read_figures(study.verdicts, path)]
     said = [tally(ledger)]
     if runs:
         said.append(states(runs))

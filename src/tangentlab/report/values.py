@@ -111,6 +111,18 @@ def read_figures(verdicts: Mapping[str, Any], path: Path) -> list[ValueFigure]:
     return figures
 
 
+def read_derived(verdicts: Mapping[str, Any], path: Path) -> list[Values]:
+    """The lines that a study.json derives from the raw values, if any.
+
+    Raises:
+        RunFolderError: they are no lines.
+    """
+    lines = verdicts.get("derived", [])
+    if not isinstance(lines, list) or not all(isinstance(line, Mapping) for line in lines):
+        raise RunFolderError(f"{path}: its derived values cannot be read")
+    return lines
+
+
 def _read_figure(entry: Mapping[str, Any]) -> ValueFigure:
     texts = {name: entry[name] for name in ("key", "title", "caption", "colour", "panels", "views")}
     texts["point"] = entry.get("point", "")

@@ -26,7 +26,7 @@ from tangentlab.runs import Outcome, RunConfig, check_outcomes, train_many
 from tangentlab.runs.hooks import Display
 from tangentlab.studies.claims import Claim, Verdict
 
-STUDIES = ("evolution", "normalization", "gap", "lazy", "transfer")
+STUDIES = ("evolution", "normalization", "gap", "lazy", "transfer", "overfitting")
 TIERS = {
     0: "digits, small CNN",
     1: "Fashion-MNIST, 10,000 training images, CNN of three convolutions",
@@ -46,7 +46,8 @@ class Study:
         runs: (tier, seeds) -> run key -> configuration; keys are folder names.
         measure: a finished run's folder and its configuration -> raw values, JSON-able, a line each.
         judge: all raw values and the setting -> a verdict for each claim.
-        figures: of the raw values, for the report.
+        figures: of the raw and the derived values, for the report.
+        derive: all raw values -> values that rest on several runs, which study.json carries for the figures.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Study:
     measure: Callable[[Path, RunConfig], Iterable[Values]]
     judge: Callable[[Sequence[Values], str], Sequence[Verdict]]
     figures: tuple[ValueFigure, ...] = ()
+    derive: Callable[[Sequence[Values]], Iterable[Values]] = lambda _: ()
 
 
 def load_study(name: str) -> Study:
@@ -138,13 +140,16 @@ def judge_study(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     config = _read_config(folder)
     study = load_study(config["study"])
-    verdicts = study.judge(read_values(folder), TIERS[config["tier"]])
+    values = read_values(folder)
+    verdicts = study.judge(values, TIERS[config["tier"]])
+    derived = [finite(dict(line)) for line in study.derive(values)]
     return {
         "schema": SCHEMA,
         "study": study.name,
         "tier": config["tier"],
         "claims": [verdict.as_dict() for verdict in verdicts],
         "figures": [finite(asdict(figure)) for figure in study.figures],  # finite: lists, as JSON gives back
+        **({"derived": derived} if derived else {}),
     }
 
 

@@ -1,0 +1,127 @@
+"""The study of catastrophic overfitting: its runs, what is read off one, signals chosen on planted runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tangentlab.report.values import value_figure
+from tangentlab.runs import train
+from tangentlab.studies import overfitting
+from tangentlab.studies.claims import Verdict
+from tangentlab.studies.overfitting import KERNEL, RIVALS, STUDY, TIERS, Seen, Tier, Watch
+from tiny import TINY
+
+Line = dict[str, Any]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_runs_collapse_or_are_controls(tier: int) -> None:
+    runs = STUDY.runs(tier, [3, 4])
+    chosen = TIERS[tier]
+    assert len(runs) == 2 * (len(chosen.eps) * len(chosen.collapsing) + len(chosen.controls))
+    for key, config in runs.items():
+        assert key == f"{config.name}-{config.seed}"
+        assert config.training.keep_every == config.evaluation.every
+        assert config.method["eps"] == config.eps
+
+
+def test_a_run_is_read_checkpoint_by_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = " ".join(word for word in TINY if not word.startswith(("--method", "--probe")))
+    monkeypatch.setitem(TIERS, 0, Tier("digits", words, (0.2,), 0.2))
+    monkeypatch.setattr(overfitting, "PROBED", 20)
+    config = STUDY.runs(0, [1])["fgsm-0.2-1"]
+    train(config, tmp_path / "run")
+    run, *signals = STUDY.measure(tmp_path / "run", config)
+    assert run["what"] == "run"
+    assert run["steps_per_epoch"] == 3
+    assert run["collapse"] is None
+    assert [line["step"] for line in signals] == [0, 2, 4, 6, 8]
+    for line in signals:
+        assert set(KERNEL) | set(RIVALS) <= set(line)
+
+
+def planted(collapse: float | None, seed: int, number: int) -> list[Line]:
+    """40 looks, one an epoch; fgsm~pgd parts five epochs before the collapse, the cosine falls two after."""
+    name = f"{'fgsm' if collapse else 'pgd'}-{number}-{seed}"
+    lines: list[Line] = [
+        {"what": "run", "run": name, "seed": seed, "steps_per_epoch": 10.0, "collapse": collapse}
+    ]
+    for epoch in range(40):
+        noise = 0.01 * ((7 * epoch + 3 * number + seed) % 5)
+        parted = collapse is not None and epoch >= collapse - 5
+        bent = collapse is not None and epoch >= collapse + 2
+        line = {
+            "what": "signals",
+            "run": name,
+            "seed": seed,
+            "epoch": float(epoch),
+            "fgsm~pgd/class/distance": (0.5 if parted else 0.05) + noise,
+            "gradient_cosine": (0.2 if bent else 0.9) - noise,
+            "clean/entropy_rank": 5.0 + noise,
+        }
+        # Before the watch begins everything is wild.
+        lines.append({**line, "fgsm~pgd/class/distance": 9.0} if epoch == 0 else line)
+    return lines
+
+
+@pytest.fixture
+def values() -> list[Line]:
+    found = []
+    for seed in range(8):
+        found += planted(20.5 + seed, seed, 0) + planted(None, seed, 1) + planted(None, seed, 2)
+    return found
+
+
+def test_the_signal_that_leads_is_chosen(values: list[Line]) -> None:
+    even = [run for run in overfitting.seen_runs(values) if run.seed % 2 == 0]
+    best = overfitting.choose(even)[0]
+    assert best.watch.signal == "fgsm~pgd/class/distance"
+    assert best.watch.sign == 1
+    assert best.in_time == 1
+    assert best.lead == pytest.approx(45)  # 4.5 epochs of ten steps: parted at the first look after −5
+    assert 0.05 <= best.threshold < 0.5
+
+
+def test_verdicts_on_planted_values(values: list[Line]) -> None:
+    found: dict[str, Verdict] = {v.claim.id.partition("/")[2]: v for v in STUDY.judge(values, "here")}
+    assert {name: verdict.verdict for name, verdict in found.items()} == {
+        "in-time": "supported",
+        "false-alarms": "supported",
+        "earlier": "supported",
+        "spectrum": "refuted",
+    }
+    assert set(found["in-time"].values) == {1, 3, 5, 7}
+    assert found["earlier"].effect == pytest.approx(45)
+
+
+def test_seeds_that_set_the_threshold_are_not_judged(values: list[Line]) -> None:
+    even = [line for line in values if line["seed"] % 2 == 0]
+    assert all(verdict.values == {} for verdict in STUDY.judge(even, "here"))
+    odd = [line for line in values if line["seed"] % 2]
+    assert all(verdict.values == {} for verdict in STUDY.judge(odd, "here"))
+    assert list(STUDY.derive(odd)) == []
+
+
+def test_what_a_signal_is_worth_is_derived(values: list[Line]) -> None:
+    lines = [line for line in STUDY.derive(values) if line["watch"] == "fgsm~pgd/class/distance, level up"]
+    assert [line["seed"] for line in lines] == [1, 3, 5, 7]
+    for line in lines:
+        assert line["family"] == "kernel"
+        assert line["in_time"] == line["area"] == 1.0
+        assert line["false_alarms"] == 0.0
+    figure = value_figure(next(f for f in STUDY.figures if f.key == "in-time"), list(STUDY.derive(values)))
+    assert figure.panels
+
+
+def test_a_change_is_told_from_the_last_looks() -> None:
+    lines = [{"gradient_norm": value} for value in (1.0, 1.0, 1.0, 1.0, 2.0)]
+    lines += [{}, {"gradient_norm": 1.0}]
+    run = Seen(0, 10.0, None, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], lines)
+    times, scores = run.scores(Watch("gradient_norm", "change", 1))
+    assert times == [5.0, 7.0]
+    assert scores == pytest.approx([0.6931, 0.0], abs=1e-3)
+    signed = Seen(0, 10.0, None, run.epochs, [{"gradient_cosine": -0.5 * k} for k in range(7)])
+    assert signed.scores(Watch("gradient_cosine", "change", -1))[1][0] == pytest.approx(1.25)
