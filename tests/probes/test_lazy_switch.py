@@ -132,6 +132,8 @@ def test_the_cost_is_the_passes_made() -> None:
     one = tl.LazySwitch(torch.rand(5, 1, 4, 4), torch.arange(5) % 3, every=1, attack=attack)
     one(model, 0)
     assert one.cost == 5 * (4 + 4 + 1 + 2 * 3)
+    one(model, 1)
+    assert one.cost == 5 * (2 * (4 + 4) + 3 * (1 + 2 * 3))
 
 
 def test_the_model_stays_as_it_was() -> None:

@@ -72,7 +72,8 @@ class LazySwitch:
         memory: bound on the kernel engine's working memory.
 
     ``looks`` are those so far; ``cost`` is what they cost, in forward passes of one example: a kernel of n
-    examples n(1 + 2C) for one forward and C backwards, besides what crafting takes.
+    examples n(1 + 2C) for one forward and C backwards, besides what crafting takes. With an attack the probe
+    follows the examples that it crafted first too, which is a second kernel.
 
     >>> switch = LazySwitch(x, y, every=100, attack=PGD(8 / 255, 2 / 255, 10))  # doctest: +SKIP
     >>> steps = 10 if switch(model, step, learning_rate=lr) == "full" else 1  # doctest: +SKIP
@@ -202,10 +203,13 @@ class LazySwitch:
 
     def _kernel(self, model: nn.Module, step: int) -> dict[str, float]:
         measured = self._probe.measure(model, step)
-        classes, n, _ = measured.kernels[f"{self._inputs}/class"].shape
-        crafting = 0 if self._attack is None else self._attack.passes.cost
-        self.cost += n * (crafting + 1 + 2 * classes)
         velocity = measured.values.get(f"kernel/{self._inputs}/class/angle_velocity")
+        classes, n, _ = measured.kernels[f"{self._inputs}/class"].shape
+        crafting, kernels = 0, 1
+        if self._attack is not None:
+            crafting = self._attack.passes.cost
+            kernels += velocity is not None  # from the second look on, the inputs of the first one too
+        self.cost += n * (crafting + kernels * (1 + 2 * classes))
         return {} if velocity is None else {"velocity": velocity}
 
     def _held_out_accuracy(self, model: nn.Module) -> dict[str, float]:
