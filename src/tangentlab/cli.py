@@ -269,7 +269,11 @@ def _study(options: argparse.Namespace, _: list[str]) -> None:
     if options.name == "all":
         results = Path("results/studies").glob("*/config.yaml")
         folders = options.folders or sorted(path.parent for path in results)
+        if options.only:
+            raise ConfigError(f"--only {' '.join(options.only)} is for one study, not for 'all'")
         found = [of_source(judge_study(folder), options.source or "") for folder in folders]
+        if options.source and found and not any(study["claims"] for study in found):
+            raise ConfigError(f"no claim has a source that holds {options.source!r}")
         table = ledger(found)
         _print(table if options.out is None else f"Ledger: {write_ledger(found, options.out)}")
         return

@@ -153,7 +153,7 @@ def test_only_some_runs_of_a_seed(
         tiny = study.runs(tier, seeds).items()
         return {f"{name}-{key}": replace(config, name=name) for key, config in tiny for name in ("a", "b")}
 
-    monkeypatch.setattr(module, "load_study", lambda name: replace(study, runs=runs))
+    monkeypatch.setattr(module, "load_study", lambda name: {"evolution": replace(study, runs=runs)}[name])
     run_study("evolution", tmp_path, tier=0, seeds=[3], only=["b"])
     assert measured == ["b-tiny-3"]
     run_study("evolution", tmp_path, tier=0, seeds=[3])

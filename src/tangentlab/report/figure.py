@@ -227,9 +227,11 @@ class Figure:
 
 
 def x_limits(figure: Figure, panel: LinePanel) -> tuple[float, float]:
-    """First and last x of all panels with the same x axis."""
+    """First and last x of all panels with the same x axis, with a little air around points."""
     panels = [p for p in figure.panels if isinstance(p, LinePanel) and p.x_axis == panel.x_axis]
     values = [x for p in panels for line in p.lines for x in line.x]
+    if any(line.labels for p in panels for line in p.lines):
+        return _limits(values, [], log=panel.x_axis.log)
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 

@@ -71,7 +71,7 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
     labelled = [span for span in panel.spans if span.end - span.start >= _ROOM_FOR_LABEL * (high - low)]
     rows = max(_label_rows(p) for p in figure.panels if isinstance(p, LinePanel))
     layout = _layout(panel.x_axis, panel.y_axis, top=8 + _ROW * rows)
-    layout["xaxis"]["range"] = [low, high]
+    layout["xaxis"]["range"] = [math.log10(low), math.log10(high)] if panel.x_axis.log else [low, high]
     if panel.y_axis.log:
         ticks = log_ticks(*y_range)
         # plotly draws powers larger than other labels.

@@ -207,11 +207,14 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
             markersize=1.5 if line.thin else 2.5,
             alpha=0.4 if line.thin else line.opacity,
         )
+    if panel.x_axis.log:
+        axes.set_xscale("log")
     axes.set_xlim(x_limits(figure, panel))
     _set_scale(axes, panel.y_axis, y_limits(figure, panel))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    if not panel.x_axis.log:
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     low, high = axes.get_xlim()
     row = 0
     for mark in sorted(panel.marks, key=lambda mark: mark.x):
@@ -238,7 +241,13 @@ def _draw_points(axes: Axes, line: Line) -> None:
         axes.vlines(line.x, line.low, line.high, color=colour, linewidth=0.6)
     for x, y, label in zip(line.x, line.y, line.labels, strict=True):
         axes.annotate(
-            label, (x, y), xytext=(2.5, 1), textcoords="offset points", fontsize=4, color=LIGHT["muted"]
+            label,
+            (x, y),
+            xytext=(2.5, 1),
+            textcoords="offset points",
+            fontsize=4,
+            color=LIGHT["muted"],
+            parse_math=False,
         )
 
 

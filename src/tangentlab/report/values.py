@@ -233,14 +233,17 @@ def _points(
     found = []
     for value, own in _by(lines, point).items():
         both = [line for line in own if _numbers([line], x) and _numbers([line], quantity)]
-        seeds = [_mean(_numbers(of_seed, quantity), quantity) for of_seed in _by(both, "seed").values()]
-        if seeds:
-            low, high = _interval(seeds, quantity) if len(seeds) > 1 else (seeds[0], seeds[0])
-            found.append((_mean(_numbers(both, x), x), _mean(seeds, quantity), low, high, _text(value)))
+        xs, ys = (
+            [_mean(_numbers(of_seed, axis), axis) for of_seed in _by(both, "seed").values()]
+            for axis in (x, quantity)
+        )
+        if ys:
+            low, high = _interval(ys, quantity) if len(ys) > 1 else (ys[0], ys[0])
+            found.append((_mean(xs, x), _mean(ys, quantity), low, high, _text(value)))
     if not found:
         return None
-    xs, ys, low_ends, high_ends, labels = zip(*found, strict=True)
-    return Line(name, xs, ys, place, low=low_ends, high=high_ends, labels=labels)
+    at, heights, low_ends, high_ends, labels = zip(*found, strict=True)
+    return Line(name, at, heights, place, low=low_ends, high=high_ends, labels=labels)
 
 
 def _dots(

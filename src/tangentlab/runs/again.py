@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tangentlab.errors import ConfigError
 from tangentlab.runs.build import (
     Examples,
     build_batches,
@@ -62,7 +63,12 @@ def train_again(
 
     Batches, crafting, learning rate and order are the run's. Momentum begins at zero, for kept weights come
     without it, and so does what a method remembers. Beyond the run's last step its learning rate stays.
+
+    Raises:
+        ConfigError: a run with a switch: its decisions are not made again.
     """
+    if config.switch.rule != "none":
+        raise ConfigError(f"switch.rule={config.switch.rule!r}: a run with a switch cannot be repeated")
     device = next(model.parameters()).device
     total = total_steps(config, examples)
     batches, replays = build_batches(config, examples, device), build_method(config).replays

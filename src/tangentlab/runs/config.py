@@ -174,10 +174,11 @@ class SwitchConfig:
         every: epochs between looks; fractions are allowed.
         size: class-balanced training examples whose kernel is watched.
         inputs: what it is watched on, clean or pgd.
-        threshold: lazy below this share of the fastest velocity since the learning rate last fell.
+        threshold: lazy below this share of the fastest velocity, with return_on_drop that since the learning
+            rate last fell.
         resume: learning again above this share.
         patience: looks in a row.
-        return_on_drop: come back where the learning rate falls to half or less between two looks.
+        return_on_drop: come back where the learning rate falls to half or less from one step to the next.
         held_out: validation examples of the safety net; 0 for none.
         max_fall: come back where robust accuracy on them falls by this much.
         num_steps: PGD steps of the safety net, and of the pgd inputs.
@@ -202,10 +203,15 @@ class SwitchConfig:
     def __post_init__(self) -> None:
         if not 0 < self.every < math.inf:
             raise ConfigError(f"switch.every={self.every} is out of range; above 0")
-        if not 0 <= self.epoch < math.inf:
-            raise ConfigError(f"switch.epoch={self.epoch} is out of range; at least 0")
-        for name, least in (("size", 2), ("num_steps", 1), ("held_out", 0), ("sketch", 1)):
+        for name, least in (("size", 2), ("num_steps", 1), ("held_out", 0), ("sketch", 1), ("patience", 1)):
             _at_least(f"switch.{name}", getattr(self, name), least)
+        if not 0 < self.threshold <= self.resume:
+            raise ConfigError(
+                f"switch.threshold={self.threshold} and switch.resume={self.resume}: "
+                "0 < threshold ≤ resume is needed"
+            )
+        if not 0 < self.max_fall < 1:
+            raise ConfigError(f"switch.max_fall={self.max_fall} is out of range (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -258,6 +264,11 @@ class RunConfig:
             or self.name.startswith(".")
         ):
             raise ConfigError(f"name {self.name!r} is no folder name; use letters, digits and . _ + = -")
+        if self.switch.rule == "fixed" and not 0 < self.switch.epoch < self.training.epochs:
+            raise ConfigError(
+                f"switch.epoch={self.switch.epoch} is out of range (0, {self.training.epochs}), the training "
+                "that the fixed rule switches in"
+            )
         if self.training.batch_size % self.processes:
             raise ConfigError(
                 f"training.batch_size={self.training.batch_size} is no multiple of processes={self.processes}"

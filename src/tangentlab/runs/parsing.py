@@ -57,7 +57,9 @@ def load_config(
     Raises:
         ConfigError: no such file, unknown key, wrong type, out of range.
     """
-    values, over = read_yaml(source), parse_overrides(overrides)
+    values, over = read_yaml(source), _expanded(parse_overrides(overrides))
+    if _group(over, "switch").get("rule") == "none":
+        values = _unswitched(values)
     return resolve(merge(_underived(values, over), over), allow_import=allow_import)
 
 
@@ -68,12 +70,14 @@ def resolve(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> R
     True
     """
     values = _expanded({str(key): _numbers(str(key), value) for key, value in values.items()})
+    if _group(values, "switch.to") and _group(values, "switch").get("rule", "none") == "none":
+        raise ConfigError("switch.to is given, but switch.rule is 'none'; choose 'fixed' or 'kernel'")
     schema = values.pop("schema", SCHEMA)
     if schema != SCHEMA:
         raise ConfigError(f"schema {schema!r} is unknown; this version reads {SCHEMA}")
     parser = config_parser(values, allow_import=allow_import)
     _check_keys(values, _known_keys(parser))
-    _check_null(values, parser.get_defaults())
+    _check_null(values, parser.get_defaults(), _nullable(values))
     try:
         parsed = parser.parse_object(values).as_dict()
     except TangentlabError:
@@ -275,14 +279,23 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(switch, Mapping):
         return found
     if isinstance(method, Mapping) and method.get("name") == LAZY:
-        switch = {"rule": "kernel", **switch}
+        if switch.get("rule", "kernel") != "kernel":
+            raise ConfigError(f"method 'lazy' is pgd with switch.rule 'kernel', not {switch['rule']!r}")
+        switch = {**switch, "rule": "kernel"}
         found["method"] = {**method, "name": "pgd"}
     to = switch.get("to")
     if to == {}:  # as the resolved configuration of a run without a switch has it
         switch = {key: value for key, value in switch.items() if key != "to"}
-    elif to is not None and switch.get("rule", "none") == "none":
-        raise ConfigError("switch.to is given, but switch.rule is 'none'; choose 'fixed' or 'kernel'")
     return {**found, "switch": switch} if switch else found
+
+
+def _unswitched(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` without what follows from a switch that is turned off."""
+    found = dict(values)
+    for section, dropped in (("switch", "to"), ("method", "keep_perturbations")):
+        if isinstance(values.get(section), Mapping):
+            found[section] = {key: value for key, value in values[section].items() if key != dropped}
+    return found
 
 
 def _group(values: Mapping[str, Any], group: str) -> Any:
@@ -362,11 +375,25 @@ def _is_plain(hint: Any) -> bool:
     return origin in (list, tuple, Union, UnionType, Sequence) and all(map(_is_plain, get_args(hint)))
 
 
-def _check_null(values: Mapping[str, Any], defaults: Any, prefix: str = "") -> None:
+def _nullable(values: Mapping[str, Any]) -> set[str]:
+    """Settings of the methods that say that null is one of their values."""
+    groups = {"method": _name(values, "method", RunConfig().method["name"])}
+    groups["switch.to"] = _name(values, "switch.to", SWITCHED_TO)
+    return {
+        f"{group}.{key}"
+        for group, name in groups.items()
+        for key, hint in get_type_hints(METHODS[name]).items()
+        if type(None) in get_args(hint)
+    }
+
+
+def _check_null(values: Mapping[str, Any], defaults: Any, nullable: set[str], prefix: str = "") -> None:
     """Raise ConfigError for a null where the default is not null: the parser would let it pass."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            _check_null(value, defaults, f"{prefix}{key}.")
+            _check_null(value, defaults, nullable, f"{prefix}{key}.")
+        elif f"{prefix}{key}" in nullable:
+            continue
         elif value is None and defaults.get(f"{prefix}{key}") is not None:
             raise ConfigError(f"{prefix}{key} is null; leave it out for its default")
 

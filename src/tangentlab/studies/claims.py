@@ -6,7 +6,8 @@ seed; its mean over seeds has Student's interval, and the verdict follows from w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
@@ -100,6 +101,15 @@ def judge(claim: Claim, setting: str, values: Mapping[int, float]) -> Verdict:
     if len(known) >= LEAST_SEEDS and (low > claim.threshold or high < claim.threshold):
         word = "supported" if (low > claim.threshold) == claim.above else "refuted"
     return Verdict(claim, setting, known, effect, (low, high), word)
+
+
+def measured(seeds: Iterable[int], effect: Callable[[int], float]) -> dict[int, float]:
+    """seed -> effect, of the seeds where all that it needs was measured: it raises KeyError elsewhere."""
+    found = {}
+    for seed in seeds:
+        with suppress(KeyError):
+            found[seed] = effect(seed)
+    return found
 
 
 def of_source(study: Mapping[str, Any], text: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import checkpoint_path, count_correct
-from tangentlab.studies.claims import PAPER, Claim, Verdict, judge
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, measured
 from tangentlab.studies.study import Study, Values
 from tangentlab.training import load_weights, recalibrate
 
@@ -405,16 +405,11 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
     by_seed: dict[int, list[Values]] = {}
     for line in values:
         by_seed.setdefault(line["seed"], []).append(line)
-    found = []
-    for claim, effect in EFFECTS.items():
-        known = {}
-        for seed, lines in by_seed.items():
-            try:
-                known[seed] = effect(Accuracies(lines))
-            except KeyError:  # not measured
-                continue
-        found.append(judge(claim, setting, known))
-    return found
+    found = {seed: Accuracies(lines) for seed, lines in by_seed.items()}
+    return [
+        judge(claim, setting, measured(found, lambda seed, of=effect: of(found[seed])))  # type: ignore[misc]
+        for claim, effect in EFFECTS.items()
+    ]
 
 
 ACCURACIES = (

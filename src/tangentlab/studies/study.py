@@ -95,9 +95,10 @@ def run_study(
     study, folder = load_study(name), Path(out)
     if tier not in TIERS:
         raise ConfigError(unknown_choice("tier", tier, map(str, TIERS)))
-    for name in only:
-        if name not in (names := [config.name for config in study.runs(tier, seeds[:1]).values()]):
-            raise ConfigError(unknown_choice("run", name, names))
+    there = [config.name for config in study.runs(tier, seeds[:1]).values()]
+    for wanted in only:
+        if wanted not in there:
+            raise ConfigError(unknown_choice("run", wanted, there))
     _claim_folder(folder, study, tier, seeds)
     known = {line["run"] for line in read_values(folder)}
     outcomes: list[Outcome] = []

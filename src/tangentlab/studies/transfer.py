@@ -27,12 +27,13 @@ from tangentlab import data, metrics, modes, randomness
 from tangentlab.attacks import PGD, Attack
 from tangentlab.data import Split
 from tangentlab.kernels import Linearized, NTKOperator, Regression, kernel_regression, ntk, pullback
+from tangentlab.records import read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model
 from tangentlab.runs.evaluation import count_correct, kept_checkpoints
 from tangentlab.runs.frozen import train_frozen
-from tangentlab.studies.claims import PAPER, Claim, Verdict, judge
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, measured
 from tangentlab.studies.study import Study, Values
 from tangentlab.training import load_weights
 
@@ -226,7 +227,7 @@ def _described(
     other = build_model(config, examples, torch.device("cpu"))
     for method in METHODS:
         beside = folder.parent / f"{method}-{config.seed}"
-        if method != config.method["name"] and beside.exists():
+        if method != config.method["name"] and beside.exists() and read_run(beside).state == "finished":
             load_weights(_moments(beside, config)[moment], other)
             theirs = _class_kernels(other, examples, config)
             found[f"to_{method}"] = float(metrics.kernel_distance(kernel, theirs).mean())
@@ -297,6 +298,8 @@ def _training_free(found: Measured) -> float:
         found.regression("pgd", name)
         for name in ("network_clean_accuracy", "network_robust_accuracy", "transferred_accuracy")
     )
+    if clean <= robust:
+        raise KeyError("nothing is taken")
     return (clean - transferred) / (clean - robust)
 
 
@@ -324,16 +327,11 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
     by_seed: dict[int, list[Values]] = {}
     for line in values:
         by_seed.setdefault(line["seed"], []).append(line)
-    found = []
-    for claim, effect in EFFECTS.items():
-        known = {}
-        for seed, lines in by_seed.items():
-            try:
-                known[seed] = effect(Measured(lines))
-            except KeyError:  # not measured
-                continue
-        found.append(judge(claim, setting, known))
-    return found
+    found = {seed: Measured(lines) for seed, lines in by_seed.items()}
+    return [
+        judge(claim, setting, measured(found, lambda seed, of=effect: of(found[seed])))  # type: ignore[misc]
+        for claim, effect in EFFECTS.items()
+    ]
 
 
 # --- figures ---------------------------------------------------------------------------------------------

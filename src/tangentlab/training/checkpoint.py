@@ -19,6 +19,9 @@ from tangentlab.files import read_tensors, under, write_tensors
 from tangentlab.training.loop import TrainingState
 from tangentlab.training.method import Memory
 
+FORMAT = 2
+"""Of what training goes on from; its names and their meaning."""
+
 
 def save_checkpoint(
     path: Path, state: TrainingState, extra: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -38,6 +41,7 @@ def save_checkpoint(
                 scalars[f"{index}/{name}"] = value
     held["loop/loss_sum"] = state.loss_sum
     metadata = {
+        "format": FORMAT,
         "step": state.step,
         "passes": list(state.passes),
         "steering": state.steering,
@@ -63,6 +67,8 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[dict[str, Any], d
         CheckpointError: unreadable, or of another model.
     """
     tensors, metadata = read_tensors(path)
+    if "optimizer" in metadata and metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is another version's; training cannot go on from it")
     _load_weights(path, tensors, state.model)
     if state.averaged is not None:
         _load_weights(path, tensors, state.averaged.module, "averaged/")
