@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tangentlab as tl
-from tangentlab.errors import ConfigError
+from tangentlab.errors import ConfigError, KernelError
 from tangentlab.probes import Look
 
 EVERY = 10
@@ -123,6 +123,36 @@ def test_the_safety_net_counts_from_the_best_and_doubles_the_patience() -> None:
     assert one.patience == 4
     # Points are judged from the switch to the return.
     assert one.cost == 5 * 10 * (tl.attacks.FGSM(0.1).passes.cost + 1)
+
+
+def test_a_dead_kernel_leaves_the_safety_net() -> None:
+    class Dying(Turning):
+        """Right on its points while it lives."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = super().forward(x)
+            return torch.cat([z, 0.2 - z], dim=1)
+
+    points = (X + 1.0, Y)
+    one = switch(patience=1, held_out=points, guard=tl.attacks.FGSM(0.01), max_fall=0.15)
+    model = Dying()
+    assert turned(model, one, [0, FAST, SLOW]) == "ffc"
+    model.scale = torch.zeros(2)
+    assert one(model, 3 * EVERY) == "full"
+    assert one.looks[-1].error is not None
+    assert one.looks[-1].reason == "robust accuracy fell from 100.0% to 0.0%"
+    with pytest.raises(KernelError):
+        switch()(model, 0)  # a wrong setting
+
+
+def test_a_fall_between_two_looks_is_seen_and_half_is_one() -> None:
+    model, one = Turning(), switch(at=0)
+    assert one(model, 0, learning_rate=0.1) == "cheap"
+    for step, rate in ((1, 0.1), (2, 0.05), (3, 0.05)):
+        assert one(model, step, learning_rate=rate) == "cheap"
+    assert one(model, 4) == "cheap"  # a call without a rate says nothing of it
+    assert one(model, EVERY) == "full"
+    assert one.looks[-1].reason == "the learning rate fell from 0.1 to 0.05"
 
 
 def test_the_cost_is_the_passes_made() -> None:

@@ -137,7 +137,16 @@ def test_lazy_is_pgd_with_the_kernels_switch_to_what_it_kept(tmp_path: Path) -> 
     again = load_config(tmp_path, ["--eps=0.4"])
     assert again.switch.to["eps"] == 0.4
     assert again.switch.to["step_size"] == 0.1
+    (tmp_path / "config.yaml").write_text(dump(lazy))
+    off = load_config(tmp_path, ["--switch.rule=none"])
+    assert (off.switch.rule, off.switch.to, off.method["keep_perturbations"]) == ("none", {}, False)
+    assert (
+        load_config("digits", ["--method=atta", "--method.reset_epochs=null"]).method["reset_epochs"] is None
+    )
     plain = load_config("digits", [])
+    (tmp_path / "config.yaml").write_text(dump(plain))
+    on = load_config(tmp_path, ["--method=lazy"])
+    assert (on.switch.rule, on.switch.to["name"], on.method["keep_perturbations"]) == ("kernel", "atta", True)
     assert resolve(plain.to_dict()) == plain
     assert plain.switch.to == {}
 
@@ -151,9 +160,13 @@ def test_lazy_is_pgd_with_the_kernels_switch_to_what_it_kept(tmp_path: Path) -> 
             "takes each batch 8 times in a row and method 'pgd' 1",
         ),
         (["--switch.rule=kernel", "--switch.to=fgs"], "switch.to 'fgs' is unknown; did you mean 'fgsm'"),
-        (["--switch.rule=fixed", "--switch.epoch=-1"], "switch.epoch=-1.0 is out of range"),
+        (["--switch.rule=fixed"], r"switch.epoch=0.0 is out of range \(0, 36\)"),
+        (["--switch.rule=fixed", "--switch.epoch=36"], "switch.epoch=36.0 is out of range"),
+        (["--switch.rule=kernel", "--switch.patience=0"], "switch.patience=0 is out of range"),
+        (["--switch.rule=kernel", "--switch.max_fall=1"], "switch.max_fall=1.0 is out of range"),
+        (["--method=lazy", "--switch.rule=fixed"], "'lazy' is pgd with switch.rule 'kernel', not 'fixed'"),
         (["--switch.rule=kernel", "--switch.every=0"], "switch.every=0.0 is out of range"),
-        (["--switch.rule=kernel", "--switch.threshold=0"], "threshold=0.0 and resume"),
+        (["--switch.rule=kernel", "--switch.threshold=0"], "switch.threshold=0.0 and switch.resume"),
         (["--switch.rule=sometimes"], "switch.rule 'sometimes' is unknown"),
         (["--switch.rule=kernel", "--switch.to.epss=1"], "did you mean 'switch.to.eps'"),
         (["--method=lazzy"], "did you mean 'lazy'"),

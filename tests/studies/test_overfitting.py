@@ -11,7 +11,7 @@ from tangentlab.report.values import value_figure
 from tangentlab.runs import train
 from tangentlab.studies import overfitting
 from tangentlab.studies.claims import Verdict
-from tangentlab.studies.overfitting import KERNEL, RIVALS, STUDY, TIERS, Seen, Tier, Watch
+from tangentlab.studies.overfitting import KERNEL, RIVALS, STUDY, TIERS, Chosen, Seen, Tier, Watch
 from tiny import TINY
 
 Line = dict[str, Any]
@@ -21,7 +21,7 @@ Line = dict[str, Any]
 def test_runs_collapse_or_are_controls(tier: int) -> None:
     runs = STUDY.runs(tier, [3, 4])
     chosen = TIERS[tier]
-    assert len(runs) == 2 * (len(chosen.eps) * len(chosen.collapsing) + len(chosen.controls))
+    assert len(runs) == 2 * len(chosen.eps) * (len(chosen.collapsing) + len(chosen.controls))
     for key, config in runs.items():
         assert key == f"{config.name}-{config.seed}"
         assert config.training.keep_every == config.evaluation.every
@@ -30,7 +30,7 @@ def test_runs_collapse_or_are_controls(tier: int) -> None:
 
 def test_a_run_is_read_checkpoint_by_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = " ".join(word for word in TINY if not word.startswith(("--method", "--probe")))
-    monkeypatch.setitem(TIERS, 0, Tier("digits", words, (0.2,), 0.2))
+    monkeypatch.setitem(TIERS, 0, Tier("digits", words, (0.2,)))
     monkeypatch.setattr(overfitting, "PROBED", 20)
     config = STUDY.runs(0, [1])["fgsm-0.2-1"]
     train(config, tmp_path / "run")
@@ -47,7 +47,15 @@ def planted(collapse: float | None, seed: int, number: int) -> list[Line]:
     """40 looks, one an epoch; fgsm~pgd parts five epochs before the collapse, the cosine falls two after."""
     name = f"{'fgsm' if collapse else 'pgd'}-{number}-{seed}"
     lines: list[Line] = [
-        {"what": "run", "run": name, "seed": seed, "steps_per_epoch": 10.0, "collapse": collapse}
+        {
+            "what": "run",
+            "run": name,
+            "seed": seed,
+            "eps": 0.2,
+            "steps_per_epoch": 10.0,
+            "collapse": collapse,
+            "best_robust_accuracy": 0.5,
+        }
     ]
     for epoch in range(40):
         noise = 0.01 * ((7 * epoch + 3 * number + seed) % 5)
@@ -82,7 +90,7 @@ def test_the_signal_that_leads_is_chosen(values: list[Line]) -> None:
     assert best.watch.sign == 1
     assert best.in_time == 1
     assert best.lead == pytest.approx(45)  # 4.5 epochs of ten steps: parted at the first look after −5
-    assert 0.05 <= best.threshold < 0.5
+    assert 0.05 <= best.thresholds[0.2] < 0.5
 
 
 def test_verdicts_on_planted_values(values: list[Line]) -> None:
@@ -119,9 +127,28 @@ def test_what_a_signal_is_worth_is_derived(values: list[Line]) -> None:
 def test_a_change_is_told_from_the_last_looks() -> None:
     lines = [{"gradient_norm": value} for value in (1.0, 1.0, 1.0, 1.0, 2.0)]
     lines += [{}, {"gradient_norm": 1.0}]
-    run = Seen(0, 10.0, None, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], lines)
+    run = Seen(0, 0.2, 10.0, None, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], lines)
     times, scores = run.scores(Watch("gradient_norm", "change", 1))
     assert times == [5.0, 7.0]
     assert scores == pytest.approx([0.6931, 0.0], abs=1e-3)
-    signed = Seen(0, 10.0, None, run.epochs, [{"gradient_cosine": -0.5 * k} for k in range(7)])
+    signed = Seen(0, 0.2, 10.0, None, run.epochs, [{"gradient_cosine": -0.5 * k} for k in range(7)])
     assert signed.scores(Watch("gradient_cosine", "change", -1))[1][0] == pytest.approx(1.25)
+
+
+def test_a_run_that_lies_above_from_the_start_is_not_warned_of() -> None:
+    chosen = Chosen(Watch("gradient_norm", "level", 1), {0.2: 1.5})
+    epochs = [1.0, 2.0, 3.0, 4.0]
+
+    def alarm(*values: float, eps: float = 0.2) -> float | None:
+        return Seen(0, eps, 10.0, 4.0, epochs, [{"gradient_norm": value} for value in values]).alarm(chosen)
+
+    assert alarm(1.0, 2.0, 1.0, 1.0) == 2.0
+    assert alarm(2.0, 2.0, 2.0, 2.0) is None
+    assert alarm(2.0, 1.0, 2.0, 2.0) == 3.0
+    assert alarm(1.0, 2.0, 1.0, 1.0, eps=0.3) is None  # an eps without quiet runs has no threshold
+
+
+def test_runs_that_never_learned_are_left_out() -> None:
+    dead = planted(None, 0, 1)
+    dead[0]["best_robust_accuracy"] = 0.1
+    assert overfitting.seen_runs(dead) == []

@@ -1,5 +1,6 @@
 """Probes: what is measured along a run, and what is concluded from it."""
 
+from tangentlab.probes.accuracy import accuracy
 from tangentlab.probes.change import (
     AdversarialChange,
     OutputChange,
@@ -17,6 +18,7 @@ __all__ = [
     "LazySwitch",
     "Look",
     "OutputChange",
+    "accuracy",
     "adversarial_change",
     "drift_only",
     "linearity_signals",

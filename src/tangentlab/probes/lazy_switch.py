@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tangentlab import modes, randomness
+from tangentlab import randomness
 from tangentlab.attacks import Attack
-from tangentlab.errors import ConfigError
+from tangentlab.errors import ConfigError, KernelError
 from tangentlab.files import under
+from tangentlab.probes.accuracy import accuracy
 from tangentlab.probes.kernel_probe import KernelProbe
 
 FULL, CHEAP = "full", "cheap"
 PHASES = (FULL, CHEAP)
-DROP = 0.5  # of the learning rate at the look before, or less: a drop, which no smooth schedule makes
+DROP = 0.5  # of the learning rate of the step before, or less
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Look:
         reason: why the phase changed, in one line; None where it did not.
         values: the evidence by name, numbers: velocity (radians a step) and the two levels it is held
             against, robust_accuracy and the level that it may fall to, learning_rate.
+        error: why the kernel could not be measured, where it could not.
     """
 
     step: int
     phase: str
     reason: str | None
     values: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
 
 
 class LazySwitch:
@@ -49,8 +52,11 @@ class LazySwitch:
 
     - full → cheap where v < ``threshold``·v* at ``patience`` looks in a row: the lazy stage;
     - cheap → full where v > ``resume``·v* at ``patience`` looks in a row: the kernel learns again;
-    - cheap → full where the learning rate fell below half between two looks; without ``return_on_drop`` it
-      does nothing, to v* neither.
+    - cheap → full at the look after the learning rate fell to half or less from one call to the next: call at
+      every step. Without ``return_on_drop`` a fall does nothing, to v* neither. Smooth schedules fall so at
+      their last steps alone.
+
+    A kernel that cannot be measured (a network that has died has none) says nothing; the rest goes on.
 
     With ``at`` the first two are replaced by that step, and no kernel is measured. With ``held_out`` a safety
     net: cheap → full where robust accuracy on these points is ``max_fall`` below its best since the switch;
@@ -125,7 +131,9 @@ class LazySwitch:
         self._fastest = 0.0  # velocity
         self._row = 0  # looks in a row that speak for the other phase
         self._best = 0.0  # robust accuracy since the switch
-        self._rate = 0.0  # of learning, at the last look
+        self._rate = 0.0  # of learning, at the last call
+        self._fell_from = 0.0  # the rate before it fell, until the next look
+        self._classes = 0  # as the first kernel has them
         self._returned = False
 
     def due(self, step: int) -> bool:
@@ -136,16 +144,24 @@ class LazySwitch:
         """The phase from this step on; looks at the model where a look is due, and leaves it as it was.
 
         Raises:
-            KernelError: as KernelProbe.measure.
+            KernelError: at the first look, as KernelProbe.measure.
             ConfigError: the step does not follow the last look's.
         """
+        values: dict[str, float] = {}
+        error = None
+        if learning_rate is not None:
+            if learning_rate <= DROP * self._rate * (1 + 1e-9):
+                self._fell_from = self._rate
+            self._rate = values["learning_rate"] = learning_rate
         if not self.due(step):
             return self.phase
-        values: dict[str, float] = {}
-        if learning_rate is not None:
-            values["learning_rate"] = learning_rate
         if self.at is None:
-            values |= self._kernel(model, step)
+            try:
+                values |= self._kernel(model, step)
+            except KernelError as failed:
+                if not self._classes:
+                    raise
+                error = str(failed)
         if self.phase == CHEAP:
             values |= self._held_out_accuracy(model)
         reason = self._decide(step, values)
@@ -156,27 +172,28 @@ class LazySwitch:
             if self.phase == CHEAP:  # what a fall is measured from
                 values |= self._held_out_accuracy(model)
                 self._best = values.get("robust_accuracy", 0.0)
-        self.looks.append(Look(step, self.phase, reason, values))
+        self._fell_from = 0.0
+        self.looks.append(Look(step, self.phase, reason, values, error))
         return self.phase
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed switch needs, as plain tensors; the looks so far are the caller's to keep."""
-        counts = (PHASES.index(self.phase), self.cost, self.patience, self._row, self._returned)
-        place = [*counts, self._fastest, self._best, self._rate]
+        counts = (self.cost, self.patience, self._row, self._classes, self._returned)
+        place = [PHASES.index(self.phase), self._fastest, self._best, self._rate, self._fell_from, *counts]
         state = {f"probe/{name}": tensor for name, tensor in self._probe.state_dict().items()}
         return {**state, "place": torch.tensor(place, dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state_dict`."""
-        phase, *counts, self._fastest, self._best, self._rate = state["place"].tolist()
+        phase, self._fastest, self._best, self._rate, self._fell_from, *counts = state["place"].tolist()
         self.phase = PHASES[int(phase)]
-        self.cost, self.patience, self._row, self._returned = (*map(int, counts[:3]), bool(counts[3]))
+        self.cost, self.patience, self._row, self._classes, returned = map(int, counts)
+        self._returned = bool(returned)
         self._probe.load_state_dict(under(state, "probe/"))
 
     def _decide(self, step: int, values: dict[str, float]) -> str | None:
         """Why the phase changes now, or None; the levels that the evidence is held against join it."""
-        before, rate, velocity = self._rate, values.get("learning_rate", 0.0), values.get("velocity")
-        dropped, self._rate = self.return_on_drop and rate < DROP * before, rate
+        velocity, dropped = values.get("velocity"), self.return_on_drop and self._fell_from > 0
         if dropped:  # what was measured is of before
             self._fastest, self._row, velocity = 0.0, 0, None
         self._fastest = max(self._fastest, velocity or 0.0)
@@ -189,7 +206,7 @@ class LazySwitch:
                 return f"the kernel's velocity fell below {low:.3g}" if self._row >= self.patience else None
             return f"step {self.at} is reached" if step >= self.at and not self._returned else None
         if dropped:
-            return f"the learning rate fell from {before:g} to {rate:g}"
+            return f"the learning rate fell from {self._fell_from:g} to {self._rate:g}"
         if "robust_accuracy" in values:
             robust = values["robust_accuracy"]
             self._best = max(self._best, robust)
@@ -202,14 +219,15 @@ class LazySwitch:
     # --- what is measured --------------------------------------------------------------------------------
 
     def _kernel(self, model: nn.Module, step: int) -> dict[str, float]:
-        measured = self._probe.measure(model, step)
+        crafting = 0 if self._attack is None else self._attack.passes.cost
+        # From the second look on, of the inputs of the first one too.
+        kernels = 2 if self._attack is not None and self._classes else 1
+        try:
+            measured = self._probe.measure(model, step)
+            self._classes = len(measured.kernels[f"{self._inputs}/class"])
+        finally:
+            self.cost += len(self._probe.x) * (crafting + kernels * (1 + 2 * self._classes))
         velocity = measured.values.get(f"kernel/{self._inputs}/class/angle_velocity")
-        classes, n, _ = measured.kernels[f"{self._inputs}/class"].shape
-        crafting, kernels = 0, 1
-        if self._attack is not None:
-            crafting = self._attack.passes.cost
-            kernels += velocity is not None  # from the second look on, the inputs of the first one too
-        self.cost += n * (crafting + kernels * (1 + 2 * classes))
         return {} if velocity is None else {"velocity": velocity}
 
     def _held_out_accuracy(self, model: nn.Module) -> dict[str, float]:
@@ -219,7 +237,5 @@ class LazySwitch:
         device = next(model.parameters()).device
         x, y = (part.to(device) for part in self._held_out)
         noise = randomness.generator(self.seed, "guard", device=device)
-        with modes.evaluation(model), torch.no_grad():
-            correct = model(self._guard(model, x, y, generator=noise)).argmax(dim=1) == y
         self.cost += len(x) * (self._guard.passes.cost + 1)
-        return {"robust_accuracy": float(correct.double().mean())}
+        return {"robust_accuracy": accuracy(model, x, y, self._guard, generator=noise)}

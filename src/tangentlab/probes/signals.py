@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tangentlab import metrics, modes, randomness
 from tangentlab.attacks import FGSM, PGD
 from tangentlab.attacks.threat import ascent, check_eps, cross_entropies, per_example, uniform_start
+from tangentlab.probes.accuracy import accuracy
 
 TOP = 10
 
@@ -46,7 +47,7 @@ def linearity_signals(
         at_x = ascent(model, x, loss).gradient.flatten(1)
         moved = ascent(model, uniform_start(x, eps, noise), loss).gradient.flatten(1)
         accuracies = [
-            _accuracy(model, attack(model, x, y, generator=noise), y)
+            accuracy(model, x, y, attack, generator=noise)
             for attack in (FGSM(eps), PGD(eps, eps / 4, num_steps))
         ]
         error = _linearity_error(model, x, y, eps, noise)
@@ -75,8 +76,3 @@ def _linearity_error(model: nn.Module, x: Tensor, y: Tensor, eps: float, noise: 
         at_a, at_b, at_mixed = (cross_entropies(model(point), y=y) for point in (a, b, mixed))
     error = at_mixed - (1 - alpha) * at_a - alpha * at_b
     return float(error.square().mean())
-
-
-def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return float((model(x).argmax(dim=1) == y).double().mean())

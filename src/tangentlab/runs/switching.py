@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tangentlab.errors import KernelError
 from tangentlab.probes import LazySwitch
 from tangentlab.runs.build import (
     Examples,
@@ -35,27 +34,23 @@ class Switching:
     phase: str | None = None
 
     def __call__(self, state: TrainingState) -> Method:
+        if self.log is not None:
+            self._look(state, self.log)
         if self.phase is None or self.switch.due(state.step):
-            if self.log is not None:
-                self._look(state, self.log)
             self.phase = str(self.fabric.broadcast(self.switch.phase))
         return self.methods[self.phase](state.step)
 
     def _look(self, state: TrainingState, log: Log) -> None:
         step, before, seen = state.step, self.switch.cost, len(self.switch.looks)
-        check_parameters(state)
+        if self.switch.due(step):
+            check_parameters(state)
         with timed(state, "steering"):
-            try:
-                self.switch(state.model, step, learning_rate=self.learning_rate(step))
-            except KernelError as error:
-                if step == 0:
-                    raise
-                log.write(step, {"switch/error": str(error)})  # a network that has died has no kernel
+            self.switch(state.model, step, learning_rate=self.learning_rate(step))
         state.steering += (self.switch.cost - before) / self.batch_size
         for look in self.switch.looks[seen:]:
             values = {name: value for name, value in look.values.items() if name != "learning_rate"}
-            said = {"phase": look.phase, **values, **({"reason": look.reason} if look.reason else {})}
-            log.write(step, {f"switch/{name}": value for name, value in said.items()})
+            said = {"phase": look.phase, **values, "reason": look.reason, "error": look.error}
+            log.write(step, {f"switch/{name}": value for name, value in said.items() if value is not None})
 
 
 def build_controller(

@@ -1,15 +1,17 @@
 """Catastrophic overfitting: which signal speaks before it, the kernel's or another, how often for nothing.
 
 Asked: arXiv 2312.02236 explains the collapse of single-step training by the kernel's spectrum. FGSM and
-FGSM-RS training over eps collapse or do not; PGD, N-FGSM and GradAlign training are the controls. From every
+FGSM-RS training over eps collapse or do not; PGD, N-FGSM and GradAlign training are the controls. At every
 kept checkpoint the kernel's signals are taken (spectrum and distances of the class kernels on clean, FGSM and
 PGD inputs) and the rivals' (tangentlab.probes.linearity_signals), on the same examples.
 
 A signal is watched as it is ("level") or against the median of its last looks ("change"), upwards or
-downwards. Its threshold is the least that 5 % of the quiet runs of the even seeds exceed; which signal is
-best is decided on the collapsing runs of the even seeds; the verdicts are on the odd seeds alone. The first
-epoch is not watched. A collapse is tangentlab.metrics.catastrophic_overfitting's, PGD-10 on the validation
-split: an alarm is in time if it speaks before PGD accuracy has lost half of its best.
+downwards. It speaks where it comes to exceed its threshold: a run that lies above from the start is not
+warned of. The threshold of an eps is the least that 5 % of the quiet runs of the even seeds at that eps
+exceed; which signal is best is decided on the collapsing runs of the even seeds; the verdicts are on
+the odd seeds alone. The first epoch is not watched, and runs that never learned are left out. A collapse is
+that of tangentlab.metrics.catastrophic_overfitting, by PGD-10 on the validation split: an alarm is in time if
+it speaks before PGD accuracy has lost half of its best.
 
 The lines of values.jsonl, by ``what``: "run", its collapse if any; "signals" of a checkpoint. What each
 signal is worth is derived from them (study.json, "derived"). Hardware and time: a CPU.
@@ -20,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
@@ -49,14 +51,12 @@ class Tier:
     Args:
         config: a shipped configuration.
         words: overrides of it.
-        eps: of the methods that may collapse.
-        control: eps of the controls.
+        eps: radii that every method trains at.
     """
 
     config: str
     words: str
     eps: tuple[float, ...]
-    control: float
     controls: tuple[str, ...] = ("pgd", "n_fgsm", "grad_align")
     collapsing: tuple[str, ...] = ("fgsm", "fgsm_rs")
 
@@ -66,20 +66,20 @@ _COMMON = (
     "--evaluation.test_num_steps=10 --evaluation.test_size=200"
 )
 TIERS = {
-    0: Tier("digits", "", (0.2, 0.24, 0.28, 0.34), 0.28),
+    0: Tier("digits", "", (0.2, 0.24, 0.28, 0.34)),
     1: Tier(
         "fashion-mnist",
         "--training.epochs=10 --training.batch_size=64 --training.learning_rate=0.2 "
         "--training.schedule=constant --channels_last=true",
         (0.15, 0.2, 0.3),
-        0.2,
     ),
-    2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), 16 / 255, ("pgd",), ("fgsm",)),
+    2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), ("pgd",), ("fgsm",)),
 }
 PROBED = 64  # class-balanced training examples
 WATCHED_FROM = 1.0  # epochs
 BEFORE = 8  # looks whose median a change is told from; four at least
 FALSE_ALARMS = 0.05
+LEARNED = 0.15  # robust accuracy, of ten classes
 
 INPUTS = ("clean", "fgsm", "pgd")
 PAIRS = ("clean~fgsm", "clean~pgd", "fgsm~pgd")
@@ -104,9 +104,8 @@ SIGNED = ("fgsm_pgd_gap", "gradient_cosine")  # may be zero or less: their chang
 def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
     """METHOD-EPS-SEED -> configuration."""
     chosen = TIERS[tier]
-    grid = [*product(chosen.collapsing, chosen.eps), *product(chosen.controls, (chosen.control,))]
     found = {}
-    for method, eps in grid:
+    for method, eps in product((*chosen.collapsing, *chosen.controls), chosen.eps):
         name = f"{method}-{eps:.3g}"
         words = f"{_COMMON} {chosen.words} --eps={eps} --method={method} --name={name}"
         # As the demo: crafting leaves BatchNorm's buffers alone.
@@ -191,6 +190,7 @@ class Seen:
     """A run: what was seen of it, and when it collapsed, in epochs."""
 
     seed: int
+    eps: float
     steps_per_epoch: float
     collapse: float | None
     epochs: Sequence[float]
@@ -213,15 +213,17 @@ class Seen:
                 values.append(watch.sign * score)
         return times, values
 
-    def alarm(self, watch: Watch, threshold: float) -> float | None:
+    def alarm(self, chosen: Chosen) -> float | None:
         """The epoch of the first alarm."""
-        times, values = self.scores(watch)
-        return metrics.first_alarm(times, values, threshold) if times else None
+        times, values = self.scores(chosen.watch)
+        threshold = chosen.thresholds.get(self.eps, math.inf)
+        below = next((place for place, value in enumerate(values) if value <= threshold), len(values))
+        return metrics.first_alarm(times[below:], values[below:], threshold) if times[below:] else None
 
-    def lead(self, watch: Watch, threshold: float) -> float:
+    def lead(self, chosen: Chosen) -> float:
         """Steps from the alarm to the collapse; 0 where it is silent or late."""
         assert self.collapse is not None
-        alarm = self.alarm(watch, threshold)
+        alarm = self.alarm(chosen)
         return 0.0 if alarm is None else self.steps_per_epoch * max(0.0, self.collapse - alarm)
 
 
@@ -236,17 +238,20 @@ def _change(taken: Sequence[float], *, signed: bool) -> float | None:
 
 
 def seen_runs(values: Iterable[Values]) -> list[Seen]:
-    """The runs in the lines."""
+    """The runs in the lines that learned something."""
     by_run: dict[str, list[Values]] = {}
     for line in values:
         by_run.setdefault(line["run"], []).append(line)
     found = []
     for lines in by_run.values():
         run = next(line for line in lines if line["what"] == "run")
+        if run["best_robust_accuracy"] <= LEARNED:
+            continue
         signals = [line for line in lines if line["what"] == "signals"]
         found.append(
             Seen(
                 run["seed"],
+                run["eps"],
                 run["steps_per_epoch"],
                 run.get("collapse"),
                 [line["epoch"] for line in signals],
@@ -258,29 +263,32 @@ def seen_runs(values: Iterable[Values]) -> list[Seen]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A watch with its threshold, and what it was worth on the runs that set it: share of collapses that it
-    spoke before, and its mean lead in steps."""
+    """A watch with its thresholds by eps, and what it was worth on the runs that set them: share of collapses
+    that it spoke before, and its mean lead in steps."""
 
     watch: Watch
-    threshold: float
-    in_time: float
-    lead: float
+    thresholds: Mapping[float, float]
+    in_time: float = 0.0
+    lead: float = 0.0
 
 
 def choose(runs: Sequence[Seen]) -> list[Chosen]:
-    """Every watch with its threshold, the best first; empty where no run is quiet or none collapses."""
-    quiet = [run for run in runs if run.collapse is None]
+    """Every watch with its thresholds, the best first; empty where no run is quiet or none collapses."""
     collapsing = [run for run in runs if run.collapse is not None]
-    if not quiet or not collapsing:
-        return []
     found = []
     for watch in WATCHES:
-        scores = [scores for run in quiet if (scores := run.scores(watch)[1])]
-        if not scores:
+        quiet: dict[float, list[list[float]]] = {}
+        for run in runs:
+            if run.collapse is None and (scores := run.scores(watch)[1]):
+                quiet.setdefault(run.eps, []).append(scores)
+        thresholds = {
+            eps: metrics.alarm_threshold(scores, false_alarms=FALSE_ALARMS) for eps, scores in quiet.items()
+        }
+        if not thresholds or not collapsing:
             continue
-        threshold = metrics.alarm_threshold(scores, false_alarms=FALSE_ALARMS)
-        leads = [run.lead(watch, threshold) for run in collapsing]
-        found.append(Chosen(watch, threshold, fmean(lead > 0 for lead in leads), fmean(leads)))
+        set_by = Chosen(watch, thresholds)
+        leads = [run.lead(set_by) for run in collapsing]
+        found.append(replace(set_by, in_time=fmean(lead > 0 for lead in leads), lead=fmean(leads)))
     return sorted(found, key=lambda one: (one.in_time, one.lead), reverse=True)
 
 
@@ -316,23 +324,24 @@ def _worth(one: Chosen, runs: Sequence[Seen]) -> dict[str, float]:
     quiet = [run for run in runs if run.collapse is None]
     found: dict[str, float] = {}
     if collapsing:
-        leads = [run.lead(one.watch, one.threshold) for run in collapsing]
+        leads = [run.lead(one) for run in collapsing]
         found |= {"in_time": fmean(lead > 0 for lead in leads), "lead": fmean(leads)}
     if quiet:
-        found["false_alarms"] = fmean(run.alarm(one.watch, one.threshold) is not None for run in quiet)
+        found["false_alarms"] = fmean(run.alarm(one) is not None for run in quiet)
     if collapsing and quiet:
-        peaks = [_peaks(group, one.watch) for group in (collapsing, quiet)]
+        until = fmean(run.collapse for run in collapsing if run.collapse is not None)
+        peaks = [_peaks(group, one.watch, until) for group in (collapsing, quiet)]
         if all(peaks):
             found["area"] = metrics.detection_area(*peaks)
     return found
 
 
-def _peaks(runs: Sequence[Seen], watch: Watch) -> list[float]:
-    """The highest score of each run, of one that collapses until then."""
+def _peaks(runs: Sequence[Seen], watch: Watch, quiet_until: float) -> list[float]:
+    """The highest score of each run until its collapse; of the others as long, or they would peak higher."""
     found = []
     for run in runs:
         times, scores = run.scores(watch)
-        until = math.inf if run.collapse is None else run.collapse
+        until = quiet_until if run.collapse is None else run.collapse
         before = [score for time, score in zip(times, scores, strict=True) if time < until]
         if before:
             found.append(max(before))

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tangentlab import data, metrics, modes, randomness
+from tangentlab import data, metrics, randomness
 from tangentlab.attacks import PGD, Attack
 from tangentlab.data import Split
 from tangentlab.kernels import Linearized, NTKOperator, Regression, kernel_regression, ntk, pullback
+from tangentlab.probes import accuracy
 from tangentlab.records import read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
@@ -255,11 +256,8 @@ def _regression(
     model.requires_grad_(True)
     ridge = RIDGE * float(kernel.diagonal(dim1=-2, dim2=-1).mean())
     fitted, found = fit(model, examples.train.x(index), targets, ridge=ridge)
-    x, labels = points.x(), points.labels
     noise = randomness.generator(config.seed, "transfer/crafting")
-    with modes.evaluation(model), torch.no_grad():
-        made = attack(fitted, x, labels, generator=noise)
-        transferred = float((model(made).argmax(dim=1) == labels).double().mean())
+    transferred = accuracy(model, points.x(), points.labels, attack, generator=noise, against=fitted)
     network = _accuracies(model, points, attack, config.seed)
     return {
         **_accuracies(fitted, points, attack, config.seed),

@@ -10,20 +10,26 @@ from tangentlab.report.subject import Curve, Subject, clean_text
 
 _PHASES = ("full", "cheap")
 _VELOCITY = Axis("angle per step (radians)", log=True)
-_ACCURACY = Axis("held-out PGD accuracy", percent=True)
+_HELD_OUT = Axis("held-out PGD accuracy", percent=True)
+_VALIDATION = Axis("PGD accuracy, validation", percent=True)
 
 
 def decisions(runs: Sequence[Subject]) -> Figure:
     """A panel a run and kind of evidence; shaded while the cheap method trained, a mark at each change."""
     switched = [run for run in runs if _phases(run)]
-    panels = tuple(panel for run in switched for panel in (_velocity(run), _accuracy(run)) if panel.lines)
+    panels = tuple(
+        panel
+        for run in switched
+        for panel in (_velocity(run), _held_out(run), _validation(run))
+        if panel.lines
+    )
     return Figure(
         key="decisions",
         title="What the switch decided",
         caption="Shaded where the cheaper method trained. Above, the velocity of the switch's own probe: the "
         "cheap phase begins where it stays below the dashed level and ends where it stays above the dotted "
         "one, or where the learning rate falls. Robust accuracy on held-out points is the safety net: the "
-        "phase ends where it falls below the dotted level.",
+        "phase ends where it falls below the dotted level. That on the validation split decides nothing.",
         finding=conclude(
             "a change of method where the kernel has become lazy, without a fall of robust accuracy after it",
             [(run, _sentence(run)) for run in switched],
@@ -53,12 +59,16 @@ def _velocity(run: Subject) -> LinePanel:
     return _panel(run, _VELOCITY, {name: curve.positive() for name, curve in curves.items()})
 
 
-def _accuracy(run: Subject) -> LinePanel:
+def _held_out(run: Subject) -> LinePanel:
     curves = {
         "robust accuracy": run.curve("switch/robust_accuracy"),
         "least allowed": run.curve("switch/least_robust_accuracy"),
     }
-    return _panel(run, _ACCURACY, curves)
+    return _panel(run, _HELD_OUT, curves)
+
+
+def _validation(run: Subject) -> LinePanel:
+    return _panel(run, _VALIDATION, {"robust accuracy": run.curve("robust_accuracy")})
 
 
 _STYLES = {"lazy below": "dash", "learning above": "dot", "least allowed": "dot"}
