@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tangentlab.errors import ConfigError
 from tangentlab.metrics import mean_interval
@@ -18,6 +18,7 @@ from tangentlab.metrics import mean_interval
 LEAST_SEEDS = 3
 PAPER = "arXiv 2312.02236"
 
+T = TypeVar("T")
 Word = Literal["supported", "refuted", "inconclusive"]
 
 
@@ -110,6 +111,23 @@ def measured(seeds: Iterable[int], effect: Callable[[int], float]) -> dict[int, 
         with suppress(KeyError):
             found[seed] = effect(seed)
     return found
+
+
+def judge_seeds(
+    values: Iterable[Mapping[str, Any]],
+    setting: str,
+    effects: Mapping[Claim, Callable[[T], float]],
+    read: Callable[[list[Mapping[str, Any]]], T],
+) -> list[Verdict]:
+    """A verdict for each claim, from its effect in what ``read`` makes of one seed's lines."""
+    lines: dict[int, list[Mapping[str, Any]]] = {}
+    for line in values:
+        lines.setdefault(line["seed"], []).append(line)
+    seeds = {seed: read(own) for seed, own in lines.items()}
+    return [
+        judge(claim, setting, measured(seeds, lambda seed, of=effect: of(seeds[seed])))  # type: ignore[misc]
+        for claim, effect in effects.items()
+    ]
 
 
 def of_source(study: Mapping[str, Any], text: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import checkpoint_path, count_correct
-from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, measured
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge_seeds
 from tangentlab.studies.study import Study, Values
 from tangentlab.training import load_weights, recalibrate
 
@@ -402,14 +402,7 @@ EFFECTS: dict[Claim, Callable[[Accuracies], float]] = {
 
 def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
     """A verdict for each claim; one that rests on runs that the tier leaves out has no seeds."""
-    by_seed: dict[int, list[Values]] = {}
-    for line in values:
-        by_seed.setdefault(line["seed"], []).append(line)
-    found = {seed: Accuracies(lines) for seed, lines in by_seed.items()}
-    return [
-        judge(claim, setting, measured(found, lambda seed, of=effect: of(found[seed])))  # type: ignore[misc]
-        for claim, effect in EFFECTS.items()
-    ]
+    return judge_seeds(values, setting, EFFECTS, Accuracies)
 
 
 ACCURACIES = (

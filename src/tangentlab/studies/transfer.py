@@ -34,7 +34,7 @@ from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model
 from tangentlab.runs.evaluation import count_correct, kept_checkpoints
 from tangentlab.runs.frozen import train_frozen
-from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, measured
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge_seeds
 from tangentlab.studies.study import Study, Values
 from tangentlab.training import load_weights
 
@@ -322,14 +322,7 @@ EFFECTS: dict[Claim, Callable[[Measured], float]] = {
 
 def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
     """A verdict for each claim; a seed counts where the runs that its claim needs are there."""
-    by_seed: dict[int, list[Values]] = {}
-    for line in values:
-        by_seed.setdefault(line["seed"], []).append(line)
-    found = {seed: Measured(lines) for seed, lines in by_seed.items()}
-    return [
-        judge(claim, setting, measured(found, lambda seed, of=effect: of(found[seed])))  # type: ignore[misc]
-        for claim, effect in EFFECTS.items()
-    ]
+    return judge_seeds(values, setting, EFFECTS, Measured)
 
 
 # --- figures ---------------------------------------------------------------------------------------------
