@@ -61,6 +61,7 @@ def kill_after(seconds: float, config: RunConfig, folder: Path) -> int:
 def _child(values: dict[str, Any], folder: str, operation: int | None, counter: Any) -> None:
     torch.set_num_threads(1)
     seen = 0
+    on_disk: dict[int, int] = {}
     lock = threading.Lock()
 
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,9 +75,15 @@ def _child(values: dict[str, Any], folder: str, operation: int | None, counter: 
                     if name == "write":
                         call(args[0], args[1][: len(args[1]) // 2])  # a torn line
                     if name == "fsync" and os.path.isfile(f"/proc/self/fd/{args[0]}"):
-                        os.truncate(args[0], os.fstat(args[0]).st_size // 2)  # a torn file
+                        # A torn file: half of what was written since the disk had all of it.
+                        file = os.fstat(args[0])
+                        os.truncate(args[0], (on_disk.get(file.st_ino, 0) + file.st_size) // 2)
                     os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
+            found = call(*args, **kwargs)
+            if name in ("fsync", "ftruncate"):  # a run is cut back to what its checkpoint knows to be there
+                file = os.fstat(args[0])
+                on_disk[file.st_ino] = file.st_size
+            return found
 
         return do
 

@@ -58,7 +58,8 @@ def load_config(
         ConfigError: no such file, unknown key, wrong type, out of range.
     """
     values, over = read_yaml(source), _expanded(parse_overrides(overrides))
-    if _group(over, "switch").get("rule") == "none":
+    asked = _group(over, "switch").get("rule")
+    if asked is not None and "none" in (asked, _group(values, "switch").get("rule", "none")):
         values = _unswitched(values)
     return resolve(merge(_underived(values, over), over), allow_import=allow_import)
 
@@ -290,7 +291,7 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unswitched(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` without what follows from a switch that is turned off."""
+    """``values`` without what follows from whether there is a switch, before it is turned on or off."""
     found = dict(values)
     for section, dropped in (("switch", "to"), ("method", "keep_perturbations")):
         if isinstance(values.get(section), Mapping):
