@@ -171,6 +171,17 @@ def test_a_claim_waits_for_the_runs_that_it_needs() -> None:
     assert set(map(tuple, seeds.values())) == {(0, 1, 2)}
 
 
+@pytest.mark.usefixtures("full_size")
+def test_a_network_that_died_is_left_out() -> None:
+    lines = planted()
+    for line in lines:
+        if (line["method"], line["seed"]) == ("n_fgsm", 1) and line["step"]:
+            line |= {name: 0.0 for name in line if name.startswith("gap/")}
+    found = {verdict.claim.id.partition("/")[2]: verdict for verdict in gap.STUDY.judge(lines, "here")}
+    assert set(found["derivative"].values) == {0, 2}
+    assert set(found["error"].values) == {0, 1, 2}
+
+
 def test_the_runs_are_those_of_the_tiers() -> None:
     for tier in (0, 1, 2):
         configs = gap.runs(tier, [0])

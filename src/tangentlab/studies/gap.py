@@ -38,7 +38,7 @@ from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.again import LossTerm, Repeated, train_again
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import kept_checkpoints
-from tangentlab.studies.claims import PAPER, Claim, Verdict, judge
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, measured
 from tangentlab.studies.study import Study
 from tangentlab.training import load_weights
 
@@ -158,15 +158,16 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Mapping[str, Any]]:
 
 
 def judged(values: Sequence[Mapping[str, Any]], setting: str) -> list[Verdict]:
-    """The verdicts; a seed counts where every run that its claim needs is there."""
+    """The verdicts; a seed counts where every run that its claim needs is there, and its network lives: the
+    outputs of one that died are constant, and its kernels equal."""
     seeds = sorted({line["seed"] for line in values})
     by_run: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for line in values:
         by_run.setdefault((line["method"], line["seed"]), []).append(line)
+    by_run = {run: lines for run, lines in by_run.items() if lines[-1]["gap/clean/batch/relative_error"] > 0}
 
     def effects(of_seed: Callable[..., float], methods: Sequence[str]) -> dict[int, float]:
-        there = [seed for seed in seeds if all((method, seed) in by_run for method in methods)]
-        return {seed: of_seed(*(by_run[method, seed] for method in methods)) for seed in there}
+        return measured(seeds, lambda seed: of_seed(*(by_run[method, seed] for method in methods)))
 
     error, one = "gap/pgd/batch/relative_error", "change/1/evaluation"
     frozen = f"change/{STEPS[-1]}/batch/pgd/frozen/cosine"
