@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 KERNEL, SPECTRUM = "kernel_of_your_model.py", "spectrum_of_a_large_model.py"
-RUNS = sorted({path.name for path in EXAMPLES.glob("*.py")} - {KERNEL, SPECTRUM})
+SWITCH = "lazy_switch_in_your_loop.py"
+RUNS = sorted({path.name for path in EXAMPLES.glob("*.py")} - {KERNEL, SPECTRUM, SWITCH})
 
 
 def ran(name: str, *arguments: str, cwd: Path) -> str:
@@ -46,6 +48,16 @@ def test_an_example_writes_a_run_and_a_report(name: str, tmp_path: Path) -> None
     record = read_run(tmp_path / "run")
     assert record.series("kernel/clean/class/velocity")[1]
     assert (tmp_path / "run" / "report.html").stat().st_size > 1e6
+
+
+def test_the_switch_in_a_foreign_loop_turns_and_says_why(tmp_path: Path) -> None:
+    output = ran(SWITCH, cwd=tmp_path)
+    assert "cheap, as the kernel's velocity fell below" in output
+    robust, steps = re.search(r"robust accuracy ([\d.]+)%; (\d+) attack steps", output).groups()
+    assert float(robust) > 40  # of ten classes
+    assert int(steps) < 9000
+    text = (EXAMPLES / SWITCH).read_text()
+    assert [n for n in range(1, 20) if f"# {n}\n" in text] == list(range(1, 7))
 
 
 def test_the_probes_part_of_a_foreign_loop_is_ten_lines() -> None:

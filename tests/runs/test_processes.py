@@ -81,8 +81,8 @@ SHARES = ["pgd", "trades", "grad_align", *STORING]
 def settings(method: str) -> list[str]:
     own = {
         "free": ["--method.replays=2"],
-        # From PGD to a step from what it kept, in the second epoch; the first process says so to the other.
-        "lazy": ["--switch.rule=fixed", "--switch.epoch=1"],
+        # From PGD to a step from what it kept, at the second look; the first process says so to the other.
+        "lazy": [f"--switch.{word}" for word in ("every=1", "threshold=1.5", "resume=2", "patience=1")],
     }
     return own.get(method, [])
 
