@@ -1,0 +1,68 @@
+"""Takes studies into results/studies and writes the ledgers of README and docs/findings.md anew.
+
+    python benchmarks/findings.py [STUDY ...]      # such as runs/gap, where tangentlab study put it
+
+Of each study the configuration, the raw values and the verdicts are kept, of those seeds alone of which every
+run was measured. Without a folder only the ledgers are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+
+from tangentlab.files import json_bytes
+from tangentlab.records import environment, read_values
+from tangentlab.studies import judge_study, ledger, of_source
+from tangentlab.studies.claims import PAPER
+from tangentlab.studies.study import load_study
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "studies"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("studies", type=Path, nargs="*", metavar="STUDY")
+    machine = environment()
+    for folder in parser.parse_args().studies:
+        print(take(folder, machine))
+    found = [judge_study(path.parent) for path in sorted(RESULTS.glob("*/config.yaml"))]
+    write(ROOT / "docs" / "findings.md", "tangentlab study all", ledger(found))
+    papers = ledger([of_source(study, PAPER) for study in found])
+    write(ROOT / "README.md", f"tangentlab study all --source '{PAPER}'", papers)
+
+
+def take(folder: Path, machine: dict[str, object]) -> str:
+    """Copy the finished seeds of a study; returns what was taken."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    study, lines = load_study(config["study"]), read_values(folder)
+    measured = {line["run"] for line in lines}
+    config["seeds"] = [
+        seed for seed in config["seeds"] if measured.issuperset(study.runs(config["tier"], [seed]))
+    ]
+    out = RESULTS / f"{study.name}-tier{config['tier']}"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    kept = [json.dumps(line) + "\n" for line in lines if line["seed"] in config["seeds"]]
+    (out / "values.jsonl").write_text("".join(kept))
+    (out / "study.json").write_bytes(json_bytes({**judge_study(out), "environment": machine}))
+    return f"{out}: seeds {config['seeds']}, {len(kept)} values"
+
+
+def write(document: Path, command: str, text: str) -> None:
+    """Put the text between the marks that name the command."""
+    head, mark, rest = document.read_text().partition(f"<!-- {command} -->\n")
+    _, end, tail = rest.partition("<!-- end -->")
+    if not mark or not end:
+        raise SystemExit(f"{document} has no marks for {command!r}")
+    document.write_text(f"{head}{mark}\n{text}\n\n{end}{tail}")
+
+
+if __name__ == "__main__":
+    main()
