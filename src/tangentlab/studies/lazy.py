@@ -12,7 +12,7 @@ where it spoke before the first fall, for afterwards the fall speaks. Robust acc
 test points, of the last checkpoint unless said otherwise: the best one of a network that forgets is from
 before. Finalists meet AutoAttack too. Cost is in forward equivalents a training example, with what steers.
 
-The levels of the kernel's rule were chosen on seeds 0 to 2 (benchmarks/lazy_levels.py); those are not judged.
+The levels of the kernel's rule were chosen on seed 0 (benchmarks/lazy_levels.py); 0 to 2 are not judged.
 Hardware and time: a CPU.
 """
 
