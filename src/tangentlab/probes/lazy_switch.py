@@ -44,6 +44,18 @@ class Look:
     error: str | None = None
 
 
+def check_rule(*, threshold: float, resume: float, patience: int, max_fall: float, section: str = "") -> None:
+    """Raise ConfigError for a setting out of range; ``section`` is what its name begins with."""
+    if patience < 1:
+        raise ConfigError(f"{section}patience={patience} is out of range; at least 1")
+    if not 0 < threshold <= resume:
+        raise ConfigError(
+            f"{section}threshold={threshold} and {section}resume={resume}: 0 < threshold ≤ resume is needed"
+        )
+    if not 0 < max_fall < 1:
+        raise ConfigError(f"{section}max_fall={max_fall} is out of range (0, 1)")
+
+
 class LazySwitch:
     """Answers "full" or "cheap": whether the next examples need the full attack.
 
@@ -104,15 +116,11 @@ class LazySwitch:
         sketch: int | None = None,
         memory: str | int = "2GiB",
     ) -> None:
-        for name, value in (("every", every), ("patience", patience)):
-            if value < 1:
-                raise ConfigError(f"{name}={value} is out of range; at least 1")
+        if every < 1:
+            raise ConfigError(f"every={every} is out of range; at least 1")
         if at is not None and at < 0:
             raise ConfigError(f"at={at} is out of range; at least 0, or None to follow the kernel")
-        if not 0 < threshold <= resume:
-            raise ConfigError(f"threshold={threshold} and resume={resume}: 0 < threshold ≤ resume is needed")
-        if not 0 < max_fall < 1:
-            raise ConfigError(f"max_fall={max_fall} is out of range (0, 1)")
+        check_rule(threshold=threshold, resume=resume, patience=patience, max_fall=max_fall)
         if (held_out is None) != (guard is None):
             raise ConfigError("held_out points and the guard that attacks them come together")
         self.every, self.at = every, at

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from tangentlab.attacks.threat import check_eps
 from tangentlab.data import DATASETS, Augmentation
 from tangentlab.errors import ConfigError, unknown_choice
+from tangentlab.probes.lazy_switch import check_rule
 from tangentlab.records import SCHEMA
 from tangentlab.training import SCHEDULES
 
@@ -203,15 +204,15 @@ class SwitchConfig:
     def __post_init__(self) -> None:
         if not 0 < self.every < math.inf:
             raise ConfigError(f"switch.every={self.every} is out of range; above 0")
-        for name, least in (("size", 2), ("num_steps", 1), ("held_out", 0), ("sketch", 1), ("patience", 1)):
+        for name, least in (("size", 2), ("num_steps", 1), ("held_out", 0), ("sketch", 1)):
             _at_least(f"switch.{name}", getattr(self, name), least)
-        if not 0 < self.threshold <= self.resume:
-            raise ConfigError(
-                f"switch.threshold={self.threshold} and switch.resume={self.resume}: "
-                "0 < threshold ≤ resume is needed"
-            )
-        if not 0 < self.max_fall < 1:
-            raise ConfigError(f"switch.max_fall={self.max_fall} is out of range (0, 1)")
+        check_rule(
+            threshold=self.threshold,
+            resume=self.resume,
+            patience=self.patience,
+            max_fall=self.max_fall,
+            section="switch.",
+        )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def decisions(runs: Sequence[Subject]) -> Figure:
         finding=conclude(
             "a change of method where the kernel has become lazy, without a fall of robust accuracy after it",
             [(run, _sentence(run)) for run in switched],
-            found=any("cheap" in phases for _, phases in map(_named, switched)),
+            found=any(phase == "cheap" for run in switched for _, phase in _phases(run)),
             missing="no run had a switch",
         ),
         views=(View("", panels),) if panels else (),
@@ -44,10 +44,6 @@ def decisions(runs: Sequence[Subject]) -> Figure:
 def _phases(run: Subject) -> list[tuple[float, str]]:
     """(time, phase) of the looks; what a foreign log calls otherwise is left out."""
     return [(time, phase) for time, phase in run.series("switch/phase") if phase in _PHASES]
-
-
-def _named(run: Subject) -> tuple[Subject, list[str]]:
-    return run, [phase for _, phase in _phases(run)]
 
 
 def _velocity(run: Subject) -> LinePanel:
