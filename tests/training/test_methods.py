@@ -15,6 +15,7 @@ from tangentlab.attacks import FGSM, PGD
 from tangentlab.attacks.threat import nan_collected
 from tangentlab.data import Augmentation
 from tangentlab.errors import CheckpointError, ConfigError, DivergedError
+from tangentlab.files import read_tensors, write_tensors
 from tangentlab.randomness import generator
 from tangentlab.training import (
     METHODS,
@@ -300,6 +301,16 @@ def test_a_resumed_training_equals_the_uninterrupted_one(method: Method, tmp_pat
     assert whole.summed_learning_rate == resumed.summed_learning_rate
     for a, b in zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
         assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+
+
+def test_training_does_not_go_on_from_another_versions_checkpoint(tmp_path) -> None:
+    save_checkpoint(tmp_path / "last", state_of(Counting()), {}, {})
+    tensors, metadata = read_tensors(tmp_path / "last")
+    del metadata["format"]
+    write_tensors(tmp_path / "last", tensors, metadata)
+    with pytest.raises(CheckpointError, match="another version's"):
+        load_checkpoint(tmp_path / "last", state_of(Counting()))
+    load_weights(tmp_path / "last", Counting())  # its network can be used all the same
 
 
 @every_adversarial
