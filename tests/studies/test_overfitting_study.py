@@ -11,7 +11,7 @@ from tangentlab.report.values import value_figure
 from tangentlab.runs import train
 from tangentlab.studies import overfitting
 from tangentlab.studies.claims import Verdict
-from tangentlab.studies.overfitting import KERNEL, RIVALS, STUDY, TIERS, Chosen, Seen, Tier, Watch
+from tangentlab.studies.overfitting import COSTS, SIGNALS, STUDY, TIERS, Chosen, Seen, Tier, Watch
 from tiny import TINY
 
 Line = dict[str, Any]
@@ -32,15 +32,25 @@ def test_a_run_is_read_checkpoint_by_checkpoint(monkeypatch: pytest.MonkeyPatch,
     words = " ".join(word for word in TINY if not word.startswith(("--method", "--probe")))
     monkeypatch.setitem(TIERS, 0, Tier("digits", words, (0.2,)))
     monkeypatch.setattr(overfitting, "PROBED", 20)
+    monkeypatch.setattr(overfitting, "BUDGET", 60)
+    monkeypatch.setattr(overfitting, "AGAIN", 2)
     config = STUDY.runs(0, [1])["fgsm-0.2-1"]
     train(config, tmp_path / "run")
-    run, *signals = STUDY.measure(tmp_path / "run", config)
+    run, *lines = STUDY.measure(tmp_path / "run", config)
+    signals = [line for line in lines if line["what"] == "signals"]
+    again = [line for line in lines if line["what"] == "again"]
     assert run["what"] == "run"
     assert run["steps_per_epoch"] == 3
     assert run["collapse"] is None
     assert [line["step"] for line in signals] == [0, 2, 4, 6, 8]
-    for line in signals:
-        assert set(KERNEL) | set(RIVALS) <= set(line)
+    assert [line["step"] for line in again] == [0, 4, 8]
+    for line in lines:
+        assert set(COSTS) <= set(line)
+        assert (set(SIGNALS) <= set(line)) == line["epoch"].is_integer()
+    by_step = {line["step"]: line for line in signals}
+    assert all(
+        line[name] != by_step[line["step"]][name] for line in again for name in COSTS if name.endswith("norm")
+    )
 
 
 def planted(collapse: float | None, seed: int, number: int) -> list[Line]:
@@ -69,9 +79,13 @@ def planted(collapse: float | None, seed: int, number: int) -> list[Line]:
             "fgsm~pgd/class/distance": (0.5 if parted else 0.05) + noise,
             "gradient_cosine": (0.2 if bent else 0.9) - noise,
             "clean/entropy_rank": 5.0 + noise,
+            "cheap/fgsm~pgd": (0.5 if parted else 0.05) + 2 * noise,
+            "cheap/gradient_cosine": (0.2 if bent else 0.9) - noise,
         }
         # Before the watch begins everything is wild.
         lines.append({**line, "fgsm~pgd/class/distance": 9.0} if epoch == 0 else line)
+        if epoch % 8 == 0:
+            lines.append({**line, "what": "again", "clean/entropy_rank": 5.2 + noise})
     return lines
 
 
@@ -90,7 +104,7 @@ def test_the_signal_that_leads_is_chosen(values: list[Line]) -> None:
     assert best.watch.sign == 1
     assert best.in_time == 1
     assert best.lead == pytest.approx(45)  # 4.5 epochs of ten steps: parted at the first look after −5
-    assert 0.05 <= best.thresholds[0.2] < 0.5
+    assert 0.05 <= best.threshold < 0.5
 
 
 def test_verdicts_on_planted_values(values: list[Line]) -> None:
@@ -99,6 +113,9 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
         "in-time": "supported",
         "false-alarms": "supported",
         "earlier": "supported",
+        "cheap-in-time": "supported",
+        "cheap-false-alarms": "supported",
+        "cheap-earlier": "supported",
         "spectrum": "refuted",
     }
     assert set(found["in-time"].values) == {1, 3, 5, 7}
@@ -120,6 +137,11 @@ def test_what_a_signal_is_worth_is_derived(values: list[Line]) -> None:
         assert line["family"] == "kernel"
         assert line["in_time"] == line["area"] == 1.0
         assert line["false_alarms"] == 0.0
+        assert line["noise"] == 0.0
+        assert line["above_noise"] == 1.0
+    rank = [line for line in STUDY.derive(values) if line["watch"] == "clean/entropy_rank, level up"]
+    assert all(line["noise"] == pytest.approx(0.2 / 2**0.5) for line in rank)
+    assert all(line["above_noise"] == 0.0 for line in rank)
     figure = value_figure(next(f for f in STUDY.figures if f.key == "in-time"), list(STUDY.derive(values)))
     assert figure.panels
 
@@ -127,28 +149,44 @@ def test_what_a_signal_is_worth_is_derived(values: list[Line]) -> None:
 def test_a_change_is_told_from_the_last_looks() -> None:
     lines = [{"gradient_norm": value} for value in (1.0, 1.0, 1.0, 1.0, 2.0)]
     lines += [{}, {"gradient_norm": 1.0}]
-    run = Seen(0, 0.2, 10.0, None, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], lines)
+    run = Seen(0, "fgsm", 10.0, None, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], lines)
     times, scores = run.scores(Watch("gradient_norm", "change", 1))
     assert times == [5.0, 7.0]
     assert scores == pytest.approx([0.6931, 0.0], abs=1e-3)
-    signed = Seen(0, 0.2, 10.0, None, run.epochs, [{"gradient_cosine": -0.5 * k} for k in range(7)])
+    signed = Seen(0, "fgsm", 10.0, None, run.epochs, [{"gradient_cosine": -0.5 * k} for k in range(7)])
     assert signed.scores(Watch("gradient_cosine", "change", -1))[1][0] == pytest.approx(1.25)
 
 
 def test_a_run_that_lies_above_from_the_start_is_not_warned_of() -> None:
-    chosen = Chosen(Watch("gradient_norm", "level", 1), {0.2: 1.5})
+    chosen = Chosen(Watch("gradient_norm", "level", 1), 1.5)
     epochs = [1.0, 2.0, 3.0, 4.0]
 
-    def alarm(*values: float, eps: float = 0.2) -> float | None:
-        return Seen(0, eps, 10.0, 4.0, epochs, [{"gradient_norm": value} for value in values]).alarm(chosen)
+    def alarm(*values: float) -> float | None:
+        lines = [{"gradient_norm": value} for value in values]
+        return Seen(0, "fgsm", 10.0, 4.0, epochs, lines).alarm(chosen)
 
     assert alarm(1.0, 2.0, 1.0, 1.0) == 2.0
     assert alarm(2.0, 2.0, 2.0, 2.0) is None
     assert alarm(2.0, 1.0, 2.0, 2.0) == 3.0
-    assert alarm(1.0, 2.0, 1.0, 1.0, eps=0.3) is None  # an eps without quiet runs has no threshold
 
 
 def test_runs_that_never_learned_are_left_out() -> None:
     dead = planted(None, 0, 1)
     dead[0]["best_robust_accuracy"] = 0.1
     assert overfitting.seen_runs(dead) == []
+
+
+def test_a_threshold_lets_few_of_the_quiet_single_step_runs_speak() -> None:
+    """A signal that only tells single-step training from PGD is none."""
+    found = []
+    for seed in (0, 2, 4, 6):
+        found += planted(20.5, seed, 0)
+        for number in range(1, 30):
+            found += planted(None, seed, number)
+        quiet = planted(None, seed, 30)
+        for line in quiet:
+            line["run"] = f"fgsm-30-{seed}"
+        found += [{**line, "gradient_norm": 3.0 if line.get("epoch", 0) > 20 else 1.0} for line in quiet]
+    chosen = overfitting.choose(overfitting.seen_runs(found))
+    limit = next(one.threshold for one in chosen if str(one.watch) == "gradient_norm, level up")
+    assert limit == 3.0

@@ -10,7 +10,7 @@ from tangentlab.probes.change import (
 )
 from tangentlab.probes.kernel_probe import KernelProbe
 from tangentlab.probes.lazy_switch import LazySwitch, Look
-from tangentlab.probes.signals import linearity_signals
+from tangentlab.probes.signals import fgsm_pgd_gap, gradient_signals, linearity_error, linearity_signals
 
 __all__ = [
     "AdversarialChange",
@@ -21,6 +21,9 @@ __all__ = [
     "accuracy",
     "adversarial_change",
     "drift_only",
+    "fgsm_pgd_gap",
+    "gradient_signals",
+    "linearity_error",
     "linearity_signals",
     "output_change",
 ]
