@@ -2,9 +2,10 @@
 
 Asked: arXiv 2312.02236 explains the collapse of single-step training by the kernel's spectrum. FGSM and
 FGSM-RS training over eps collapse or do not; PGD, N-FGSM and GradAlign training are the controls. At every
-epoch's end the kernel's signals are taken (spectrum and distances of the class kernels on clean, FGSM and PGD
-inputs) and the rivals' (tangentlab.probes.linearity_signals), on the same 64 examples; and every half epoch,
-named "cheap/...", those of as many examples as BUDGET forward passes pay for, with pseudo kernels and PGD-2.
+second kept checkpoint, an epoch apart, the kernel's signals are taken (spectrum and distances of the class
+kernels on clean, FGSM and PGD inputs) and the rivals' (tangentlab.probes.linearity_signals), on the same 64
+examples; and at every one, named "cheap/...", those of as many examples as BUDGET forward passes pay for,
+with pseudo kernels and PGD-2.
 
 A signal is watched as it is ("level") or against the median of its last looks ("change"), upwards or
 downwards. It speaks where it comes to exceed its threshold: a run that lies above from the start is not
@@ -90,6 +91,7 @@ TIERS = {
     2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), ("pgd",), ("fgsm",)),
 }
 PROBED = 64  # class-balanced training examples
+FULL = 2  # looks between those that are not only cheap
 AGAIN = 8  # looks between those on other examples
 AFTERWARDS = 3  # epochs that are looked at after a collapse
 BUDGET = 250  # forward passes of a cheap look: at eight looks an epoch 2 % of FGSM training on 20,000 images
@@ -190,7 +192,7 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
             break
         for what, points in {"signals": first, **({} if look % AGAIN else {"again": second})}.items():
             seen = _cheap_signals(model, *points, config)
-            seen |= _signals(model, *points, config) if at.is_integer() else {}
+            seen |= {} if look % FULL else _signals(model, *points, config)
             rounded = {name: float(f"{value:.4g}") for name, value in seen.items()}
             yield {"what": what, "eps": config.eps, "step": number, "epoch": at, **rounded}
 
