@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tangentlab import attacks, metrics, modes, training
     from tangentlab.kernels import NTKOperator, ntk
     from tangentlab.metrics import top_eigenpairs
-    from tangentlab.probes import KernelProbe, LazySwitch
+    from tangentlab.probes import KernelProbe, LazySwitch, OverfittingAlarm
     from tangentlab.randomness import generator
     from tangentlab.records import Measurement, Run, RunRecord, read_run
     from tangentlab.report import write_report
@@ -31,6 +31,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "top_eigenpairs": ("metrics", "top_eigenpairs"),
     "KernelProbe": ("probes", "KernelProbe"),
     "LazySwitch": ("probes", "LazySwitch"),
+    "OverfittingAlarm": ("probes", "OverfittingAlarm"),
     "generator": ("randomness", "generator"),
     "Measurement": ("records", "Measurement"),
     "Run": ("records", "Run"),
@@ -50,6 +51,7 @@ __all__ = [
     "LazySwitch",
     "Measurement",
     "NTKOperator",
+    "OverfittingAlarm",
     "Run",
     "RunConfig",
     "RunRecord",

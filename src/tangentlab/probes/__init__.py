@@ -10,14 +10,25 @@ from tangentlab.probes.change import (
 )
 from tangentlab.probes.kernel_probe import KernelProbe
 from tangentlab.probes.lazy_switch import LazySwitch, Look
-from tangentlab.probes.signals import fgsm_pgd_gap, gradient_signals, linearity_error, linearity_signals
+from tangentlab.probes.overfitting_alarm import AlarmLook, OverfittingAlarm
+from tangentlab.probes.signals import (
+    SignedSum,
+    fgsm_pgd_gap,
+    gradient_signals,
+    linearity_error,
+    linearity_signals,
+    update_signals,
+)
 
 __all__ = [
     "AdversarialChange",
+    "AlarmLook",
     "KernelProbe",
     "LazySwitch",
     "Look",
     "OutputChange",
+    "OverfittingAlarm",
+    "SignedSum",
     "accuracy",
     "adversarial_change",
     "drift_only",
@@ -26,4 +37,5 @@ __all__ = [
     "linearity_error",
     "linearity_signals",
     "output_change",
+    "update_signals",
 ]

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tangentlab import metrics, modes, randomness
+from tangentlab import metrics, randomness
 from tangentlab.attacks import Attack
-from tangentlab.errors import ConfigError, KernelError, ModelError, unknown_choice
+from tangentlab.errors import ConfigError, unknown_choice
 from tangentlab.kernels import ntk, sketched_ntk
 from tangentlab.kernels.memory import bytes_of
+from tangentlab.probes import watched
 from tangentlab.records import Measurement
 
 KINDS = ("class", "trace")
@@ -70,18 +71,10 @@ class KernelProbe:
         memory: str | int = "2GiB",
         sketch: int | None = None,
     ) -> None:
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            raise ConfigError(f"x is a {type(x).__name__} and y a {type(y).__name__}; both must be tensors")
-        if len(x) != len(y) or y.dim() != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
-            raise ConfigError(
-                f"x has shape {tuple(x.shape)} and y {tuple(y.shape)} {y.dtype}; y must hold the labels [n] "
-                "of x [n, ...], integers from 0"
-            )
         kinds = (kinds,) if isinstance(kinds, str) else kinds
         if not kinds or set(kinds) - set(KINDS):
             raise ConfigError(unknown_choice("kind", next(iter(set(kinds) - set(KINDS)), None), KINDS))
-        # Copies: the probe's examples stay the same whatever the caller does with theirs.
-        self.x, self.y = x.detach().clone(), y.detach().long().clone()
+        self.x, self.y = watched.own(x, y)
         self.inputs: dict[str, Attack | None] = dict(inputs) if inputs else {"clean": None}
         for name in self.inputs:
             if not name or set(name) & set("/~") or name.endswith(ONCE):
@@ -121,7 +114,7 @@ class KernelProbe:
             raise ConfigError(f"step={step} does not follow the last snapshot's, {self._step}")
         if between and not self._previous:
             raise ConfigError(f"step={step} is the first snapshot; between=True takes one before it")
-        x, y = self._placed(model)
+        x, y = watched.placed(model, self.x, self.y)
         crafted = self._craft(model, x, y)
         values: dict[str, Any] = {}
         kernels: dict[str, Tensor] = {}
@@ -181,33 +174,11 @@ class KernelProbe:
                 groups[group][name] = tensor
         self._once, self._first, self._previous = groups["once"], groups["first"], groups["previous"]
 
-    def _placed(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """The examples on the model's device, floats in its precision, and the labels; checked against it."""
-        parameter = next(model.parameters(), None)
-        if parameter is None:
-            raise KernelError("the model has no parameters: the kernel has nothing to be taken over")
-        x = self.x.to(parameter.device)
-        x = x.to(parameter.dtype) if x.is_floating_point() else x
-        with modes.evaluation(model), torch.no_grad():
-            output = model(x[:1])
-        if not isinstance(output, Tensor) or output.dim() != 2:
-            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ModelError(f"the model returns {found}, not [n, C]")
-        if int(self.y.max()) >= output.shape[1]:
-            raise ConfigError(
-                f"y holds the label {int(self.y.max())}; the model has {output.shape[1]} outputs"
-            )
-        return x, self.y.to(parameter.device)
-
     def _craft(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """name -> inputs; crafted in evaluation mode, as the kernel is taken."""
         points: dict[str, Tensor] = {}
         last = None
-        with (
-            modes.evaluation(model),
-            torch.inference_mode(False),
-            torch.autocast(x.device.type, enabled=False),
-        ):
+        with watched.seen_plainly(model, x.device):
             for name, attack in self.inputs.items():
                 if attack is None:
                     points[name] = x

@@ -1,13 +1,14 @@
-"""What others watch for catastrophic overfitting: how linear the loss is around the inputs.
+"""Signals of catastrophic overfitting: what others watch, and what a step on FGSM inputs does to PGD's loss.
 
-The kernel's own signals are a KernelProbe's. All are taken in evaluation mode, on examples x [n, ...] in
-[0, 1] with labels y [n], in a linf ball of radius eps, its uniform points clipped to the box; L_i is the
-cross-entropy of example i, g_i(x) = ∂L_i/∂x. The noise is the same at every call with one seed, and the model
-comes back as it was. Each raises ConfigError where eps is out of range.
+The spectrum's and the kernel distances are a KernelProbe's. All are taken in evaluation mode, on examples
+x [n, ...] in [0, 1] with labels y [n], in a linf ball of radius eps, its uniform points clipped to the box;
+L_i is the cross-entropy of example i, g_i(x) = ∂L_i/∂x. The noise is the same at every call with one seed,
+and the model comes back as it was. ConfigError is raised where eps is out of range.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -16,9 +17,29 @@ from torch import Tensor, nn
 from tangentlab import metrics, modes, randomness
 from tangentlab.attacks import FGSM, PGD
 from tangentlab.attacks.threat import ascent, check_eps, cross_entropies, per_example, uniform_start
+from tangentlab.errors import KernelError
 from tangentlab.probes.accuracy import accuracy
 
 TOP = 10
+
+
+class SignedSum(nn.Module):
+    """Σ_c v_c f_c(x) as the one output of ``model``, with signs v drawn once of the seed, as many of either.
+
+    Its kernel vᵀΘv costs one backward pass and is C times the trace kernel in the mean over independent
+    signs. Balanced ones leave the logits' sum out, which no softmax sees.
+    """
+
+    def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
+        super().__init__()
+        self.model, self.seed = model, seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        count = logits.shape[1]
+        order = torch.randperm(count, generator=randomness.generator(self.seed, "signs"))
+        signs = torch.where(order < count // 2, 1.0, -1.0).to(logits)
+        return logits @ signs[:, None]
 
 
 def linearity_signals(
@@ -95,3 +116,37 @@ def linearity_error(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed:
         at_a, at_b, at_mixed = (cross_entropies(model(point), y=y) for point in (a, b, mixed))
     error = at_mixed - (1 - alpha) * at_a - alpha * at_b
     return float(error.square().mean())
+
+
+def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> dict[str, float]:
+    """What training on one-step inputs x_F [n, ...] does, to first order, to the loss L_P on x_P [n, ...].
+
+    With g = ∂L/∂θ of the mean loss on either: a small step along −g_F lowers L_P by ⟨g_F, g_P⟩ times its
+    size, one along −g_P by ‖g_P‖². In the kernel's words ⟨g_F, g_P⟩ = r_Fᵀ Θ(x_F, x_P) r_P with r = ∂L/∂f.
+    Three passes an example and kind of inputs, and those that crafted them.
+
+    update_share         ⟨g_F, g_P⟩ / ‖g_P‖²: of the fall that training on x_P would buy, what x_F's does
+    update_cosine        ⟨g_F, g_P⟩ / (‖g_F‖ ‖g_P‖)
+
+    {} where a gradient vanishes.
+
+    Raises:
+        KernelError: no parameter requires a gradient.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise KernelError("no parameter of the model requires a gradient: a step would change nothing")
+    with modes.evaluation(model), torch.enable_grad():
+        of_one, of_several = (
+            torch.autograd.grad(
+                cross_entropies(model(x), y=y).mean(), parameters, allow_unused=True, materialize_grads=True
+            )
+            for x in (one_step, several)
+        )
+    inner, of_both, square = (
+        float(sum((a.double() * b).sum() for a, b in zip(first, second, strict=True)))
+        for first, second in ((of_one, of_several), (of_one, of_one), (of_several, of_several))
+    )
+    if not of_both or not square:
+        return {}
+    return {"update_share": inner / square, "update_cosine": inner / math.sqrt(of_both * square)}

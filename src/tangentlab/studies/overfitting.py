@@ -5,16 +5,18 @@ FGSM-RS training over eps collapse or do not; PGD, N-FGSM and GradAlign training
 second kept checkpoint, an epoch apart, the kernel's signals are taken (spectrum and distances of the class
 kernels on clean, FGSM and PGD inputs) and the rivals' (tangentlab.probes.linearity_signals), on the same 64
 examples; and at every one, named "cheap/...", those of as many examples as BUDGET forward passes pay for,
-with pseudo kernels and PGD-2.
+with PGD in two steps of eps/2 and kernels of one signed sum of the logits, which are the trace kernel in the
+mean over signs. Of the kernel between FGSM and PGD inputs there is also what the losses' derivatives make of
+it (tangentlab.probes.update_signals).
 
-A signal is watched as it is ("level") or against the median of its last looks ("change"), upwards or
-downwards. It speaks where it comes to exceed its threshold: a run that lies above from the start is not
-warned of. The threshold, one for every eps, is the least that at most 5 % of the quiet runs of the even seeds
-exceed, and at most 5 % of the single-step ones among them, or it would tell methods apart and not fates;
-which signal is best is decided on the collapsing runs of the even seeds; the verdicts are on the odd seeds
-alone. The first epoch is not watched, and runs that never learned are left out. A collapse is that of
-tangentlab.metrics.catastrophic_overfitting, by PGD-10 on the validation split: an alarm is in time if it
-speaks before PGD accuracy has lost half of its best.
+A signal is watched as it is ("level"), as the median of its last three looks ("median") or against that of
+more of them ("change"), upwards or downwards. It speaks where it comes to exceed its threshold: a run that
+lies above from the start is not warned of. The threshold, one for every eps, is the least that at most 5 % of
+the quiet runs of the even seeds exceed, and at most 5 % of the single-step ones among them, or it would tell
+methods apart and not fates; which signal is best is decided on the collapsing runs of the even seeds; the
+verdicts are on the odd seeds alone. The first epoch is not watched, and runs that never learned are left out.
+A collapse is that of tangentlab.metrics.catastrophic_overfitting, by PGD-10 on the validation split: an alarm
+is in time if it speaks before PGD accuracy has lost half of its best.
 
 The lines of values.jsonl, by ``what``: "run", its collapse if any; "signals" of a checkpoint; "again", the
 same on other examples, now and then: a signal's noise. What each signal is worth is derived from them
@@ -36,16 +38,18 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab import data, metrics, modes, randomness
-from tangentlab.attacks import FGSM, PGD
-from tangentlab.attacks.threat import uniform_start
+from tangentlab.attacks import FGSM, PGD, Attack
+from tangentlab.attacks.threat import cross_entropies, uniform_start
 from tangentlab.errors import KernelError
 from tangentlab.kernels import ntk
 from tangentlab.probes import (
     KernelProbe,
+    SignedSum,
     fgsm_pgd_gap,
     gradient_signals,
     linearity_error,
     linearity_signals,
+    update_signals,
 )
 from tangentlab.records import read_run
 from tangentlab.report.values import Quantity, ValueFigure
@@ -84,9 +88,8 @@ TIERS = {
     0: Tier("digits", "", (0.2, 0.28, 0.34)),
     1: Tier(
         "fashion-mnist",
-        "--training.epochs=10 --training.batch_size=64 --training.learning_rate=0.2 "
-        "--training.schedule=constant --channels_last=true",
-        (0.15, 0.2, 0.3),
+        "--training.epochs=10 --training.batch_size=64 --training.schedule=constant --channels_last=true",
+        (0.1, 0.15, 0.2),
     ),
     2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), ("pgd",), ("fgsm",)),
 }
@@ -96,6 +99,7 @@ AGAIN = 8  # looks between those on other examples
 AFTERWARDS = 3  # epochs that are looked at after a collapse
 BUDGET = 250  # forward passes of a cheap look: at eight looks an epoch 2 % of FGSM training on 20,000 images
 WATCHED_FROM = 1.0  # epochs
+SMOOTHED = 3  # looks whose median is watched
 BEFORE = 8  # looks whose median a change is told from; four at least
 FALSE_ALARMS = 0.05
 LEARNED = 0.15  # robust accuracy, of ten classes
@@ -105,27 +109,32 @@ PAIRS = ("clean~fgsm", "clean~pgd", "fgsm~pgd")
 SPECTRUM = ("entropy_rank", "participation_ratio", "intrinsic_dimension", "top_mass", "top_eigenvalue")
 RIVALS = (
     "fgsm_pgd_gap",
+    "loss_ratio",
     "gradient_cosine",
     "linearity_error",
     "gradient_norm",
     "input_entropy_rank",
     "input_top_mass",
 )
+UPDATES = ("update_share", "update_cosine")
 KERNEL = (
+    *UPDATES,
     *(f"{inputs}/{name}" for inputs, name in product(INPUTS, SPECTRUM)),
     *(f"{pair}/{kind}/distance" for pair, kind in product(PAIRS, ("class", "trace"))),
 )
 # Of a cheap look: forward equivalents an example.
 CRAFTING = {"clean": 0, "noise": 0, "fgsm": 2, "pgd": 4}
-PSEUDO_KERNEL = 3
-CHEAP_SPECTRUM = {inputs: CRAFTING[inputs] + PSEUDO_KERNEL for inputs in ("clean", "fgsm")}
+GRADIENT = 3  # forward, and backward to the parameters
+CHEAP_SPECTRUM = {inputs: CRAFTING[inputs] + GRADIENT for inputs in ("clean", "fgsm")}
 CHEAP_PAIRS = {
-    f"{a}~{b}": CRAFTING[a] + CRAFTING[b] + 2 * PSEUDO_KERNEL
+    f"{a}~{b}": CRAFTING[a] + CRAFTING[b] + 2 * GRADIENT
     for a, b in (("clean", "noise"), ("clean", "fgsm"), ("noise", "fgsm"), ("clean", "pgd"), ("fgsm", "pgd"))
 }
+CHEAP_UPDATES = dict.fromkeys(UPDATES, CHEAP_PAIRS["fgsm~pgd"])
 CHEAP_RIVALS = {
     "fgsm_pgd_gap": 24,
     "fgsm_pgd2_gap": 8,
+    "loss_ratio": 8,
     "gradient_cosine": 4,
     "linearity_error": 3,
     "gradient_norm": 2,
@@ -134,7 +143,7 @@ CHEAP_RIVALS = {
 }
 COSTS = {
     **{f"cheap/{inputs}/{name}": cost for (inputs, cost) in CHEAP_SPECTRUM.items() for name in SPECTRUM},
-    **{f"cheap/{pair}": cost for pair, cost in CHEAP_PAIRS.items()},
+    **{f"cheap/{pair}": cost for pair, cost in (CHEAP_PAIRS | CHEAP_UPDATES).items()},
     **{f"cheap/{name}": cost for name, cost in CHEAP_RIVALS.items()},
 }
 SIGNALS = (*KERNEL, *RIVALS, *COSTS)
@@ -142,6 +151,8 @@ SIGNED = (
     "fgsm_pgd_gap",
     "fgsm_pgd2_gap",
     "gradient_cosine",
+    "update_cosine",
+    "update_share",
 )  # may be zero or less: their change is a difference, not a ratio
 
 # --- runs ------------------------------------------------------------------------------------------------
@@ -200,9 +211,14 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
 def _signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> dict[str, float]:
     """Those on PROBED examples, by name."""
     x, y = x[:PROBED], y[:PROBED]
-    inputs = {"clean": None, "fgsm": FGSM(config.eps), "pgd": build_attack(config, num_steps=10)}
-    probe = KernelProbe(x, y, inputs=inputs, seed=config.seed)
+    attacks: dict[str, Attack] = {"fgsm": FGSM(config.eps), "pgd": build_attack(config, num_steps=10)}
+    probe = KernelProbe(x, y, inputs={"clean": None, **attacks}, seed=config.seed)
     seen = linearity_signals(model, x, y, eps=config.eps, seed=config.seed)
+    with modes.evaluation(model):
+        noise = randomness.generator(config.seed, "full")
+        one_step, several = (attack(model, x, y, generator=noise) for attack in attacks.values())
+    seen["loss_ratio"] = _loss_ratio(model, one_step, several, y)
+    seen |= update_signals(model, one_step, several, y)
     with suppress(KernelError):  # a network that has died has no kernel: its other signals remain
         seen |= _of_kernels(probe.measure(model, 0).values)
     return seen
@@ -224,23 +240,39 @@ def _cheap_signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) ->
     }
     of_fewer = gradient_signals(model, *few("gradient_cosine"), eps=eps, seed=seed)
     seen["gradient_cosine"] = of_fewer["gradient_cosine"]
+    points = _inputs(model, *few("gradient_norm"), config)
+    n = BUDGET // CHEAP_RIVALS["loss_ratio"]
+    seen["loss_ratio"] = _loss_ratio(model, points["fgsm"][:n], points["pgd"][:n], y[:n])
     with suppress(KernelError):
-        seen |= _of_cheap_kernels(model, x, y, config)
+        seen |= _of_cheap_kernels(model, points, config)
+    n = BUDGET // CHEAP_UPDATES["update_share"]
+    seen |= update_signals(model, points["fgsm"][:n], points["pgd"][:n], y[:n])
     return {f"cheap/{name}": value for name, value in seen.items()}
 
 
-def _of_cheap_kernels(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> dict[str, float]:
-    """Distances and spectra of pseudo kernels, a prefix of the examples each."""
-    x, y = x[: BUDGET // PSEUDO_KERNEL], y[: BUDGET // PSEUDO_KERNEL]
+def _inputs(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> dict[str, Tensor]:
     noise = randomness.generator(config.seed, "cheap")
     with modes.evaluation(model):
-        points = {
+        return {
             "clean": x,
             "noise": uniform_start(x, config.eps, noise),
             "fgsm": FGSM(config.eps)(model, x, y),
             "pgd": PGD(config.eps, config.eps / 2, 2, random_start=False)(model, x, y),
         }
-    kernels = {name: ntk(model, inputs, kind="pseudo").double() for name, inputs in points.items()}
+
+
+def _loss_ratio(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> float:
+    """The mean loss on PGD inputs over that on FGSM inputs."""
+    with modes.evaluation(model), torch.no_grad():
+        of_one, of_several = (cross_entropies(model(x), y=y).mean() for x in (one_step, several))
+    return float(of_several / of_one)
+
+
+def _of_cheap_kernels(model: nn.Module, points: Mapping[str, Tensor], config: RunConfig) -> dict[str, float]:
+    """Distances and spectra, of a prefix of the examples each."""
+    signed = SignedSum(model, seed=config.seed)
+    most = BUDGET // GRADIENT
+    kernels = {name: ntk(signed, inputs[:most]).double() for name, inputs in points.items()}
     found: dict[str, float] = {}
     for inputs, cost in CHEAP_SPECTRUM.items():
         spectrum = metrics.spectrum(kernels[inputs][: BUDGET // cost, : BUDGET // cost])
@@ -292,7 +324,10 @@ class Watch:
         return f"{self.signal}, {self.form} {'up' if self.sign > 0 else 'down'}"
 
 
-WATCHES = [Watch(signal, form, sign) for signal, form, sign in product(SIGNALS, ("level", "change"), (1, -1))]
+WATCHES = [
+    Watch(signal, form, sign)
+    for signal, form, sign in product(SIGNALS, ("level", "median", "change"), (1, -1))
+]
 
 
 @dataclass(frozen=True)
@@ -317,6 +352,8 @@ class Seen:
                 continue
             taken.append(value)
             score: float | None = value
+            if watch.form == "median":
+                score = median(taken[-SMOOTHED:]) if len(taken) >= SMOOTHED else None
             if watch.form == "change":
                 score = _change(taken, signed=watch.signal.removeprefix("cheap/") in SIGNED)
             if score is not None and epoch >= WATCHED_FROM:
@@ -426,7 +463,7 @@ def derive(values: Sequence[Values]) -> Iterator[Values]:
     for one in choose(even):
         for seed, runs in odd.items():
             worth = _worth(one, runs)
-            noise = {} if one.watch.form == "change" else _noise(one.watch, runs)
+            noise = _noise(one.watch, runs) if one.watch.form == "level" else {}
             yield {
                 "what": "watch",
                 "signal": one.watch.signal,
