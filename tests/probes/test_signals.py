@@ -1,4 +1,4 @@
-"""The linearity signals on networks whose loss is known, against plain formulas, and without a trace."""
+"""The signals on networks whose loss is known, against plain formulas and kernels, and without a trace."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tangentlab.errors import ConfigError
-from tangentlab.probes import linearity_signals
+import tangentlab as tl
+from tangentlab.errors import ConfigError, KernelError
+from tangentlab.probes import SignedSum, linearity_signals, update_signals
 
 EPS = 0.1
 NAMES = {
@@ -107,3 +108,78 @@ def test_the_model_and_global_state_stay_and_the_noise_is_the_seeds() -> None:
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(ConfigError, match="eps=8"):
         linearity_signals(model, x, y, eps=8)
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(9, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)]
+    model = nn.Sequential(*layers).double()
+    model(torch.rand(30, 9, dtype=torch.float64))  # running statistics of its own
+    return model
+
+
+def test_the_update_share_is_the_kernels() -> None:
+    """r_Fᵀ Θ(x_F, x_P) r_P over r_Pᵀ Θ(x_P, x_P) r_P, by the full kernel; the cosine likewise."""
+    model, x = small(), points(12)[0]
+    y = torch.arange(12) % 3
+    one, several = (x + 0.1).clamp(0, 1), (x - 0.2).clamp(0, 1)
+    found = update_signals(model, one, several, y)
+    model.eval()
+    residual = {
+        name: (model(z).softmax(1) - nn.functional.one_hot(y, 3)).detach() / 12
+        for name, z in (("one", one), ("several", several))
+    }
+
+    def inner(a: str, x1: Tensor, b: str, x2: Tensor) -> float:
+        kernel = tl.ntk(model, x1, x2, kind="full")
+        return float(torch.einsum("ic,ijcd,jd->", residual[a], kernel, residual[b]))
+
+    cross, square = inner("one", one, "several", several), inner("several", several, "several", several)
+    assert found["update_share"] == pytest.approx(cross / square, rel=1e-10)
+    lengths = (inner("one", one, "one", one) * square) ** 0.5
+    assert found["update_cosine"] == pytest.approx(cross / lengths, rel=1e-10)
+    assert update_signals(model, several, several, y)["update_share"] == pytest.approx(1)
+
+
+def test_the_update_share_is_what_a_small_step_does() -> None:
+    model, x = small().eval(), points(12)[0]
+    y = torch.arange(12) % 3
+    one, several = (x + 0.1).clamp(0, 1), (x - 0.2).clamp(0, 1)
+
+    def fall(trained_on: Tensor) -> float:
+        stepped = copy.deepcopy(model)
+        nn.functional.cross_entropy(stepped(trained_on), y).backward()
+        with torch.no_grad():
+            for parameter in stepped.parameters():
+                parameter -= 1e-5 * parameter.grad
+            before, after = (nn.functional.cross_entropy(m(several), y) for m in (model, stepped))
+        return float(before - after)
+
+    share = update_signals(model, one, several, y)["update_share"]
+    assert share == pytest.approx(fall(one) / fall(several), rel=1e-3)
+
+
+def test_the_update_share_leaves_no_trace() -> None:
+    model, x = small(), points(12)[0]
+    model[1].weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        found = update_signals(model, x, x, torch.arange(12) % 3)
+    assert found["update_share"] == pytest.approx(1)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(KernelError, match="requires a gradient"):
+        update_signals(model, x, x, torch.arange(12) % 3)
+
+
+def test_a_signed_sums_kernel_is_the_quadratic_form_of_the_full_one() -> None:
+    model, x = small().eval(), points(5)[0]
+    signed = SignedSum(model, seed=3)
+    with torch.no_grad():
+        signs = torch.linalg.lstsq(model(x), signed(x)).solution[:, 0].round()
+    assert sorted(signs.tolist()) == [-1, -1, 1]  # of an odd number the balance is one off
+    kernel = torch.einsum("c,ijcd,d->ij", signs, tl.ntk(model, x, kind="full"), signs)
+    assert torch.allclose(tl.ntk(signed, x), kernel, rtol=1e-10)

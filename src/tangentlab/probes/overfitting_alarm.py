@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from tangentlab import metrics
 from tangentlab.attacks import FGSM, PGD
-from tangentlab.errors import ConfigError, KernelError
-from tangentlab.kernels import ntk
-from tangentlab.kernels.memory import bytes_of
+from tangentlab.errors import ConfigError
 from tangentlab.probes import watched
+from tangentlab.probes.signals import update_signals
 
-CRAFTING = 2 + 4  # passes an example: one step, and two
-PSEUDO_KERNEL = 3  # a forward, and a backward to the parameters
-THRESHOLD = 0.03
+COST = 2 + 4 + 2 * 3  # passes an example: FGSM, PGD in two steps, and the loss's gradient on either
+SMOOTHED = 3  # looks whose median is held against the threshold
+THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -27,35 +26,37 @@ class AlarmLook:
 
     Attributes:
         step: optimizer updates so far.
+        share: the update share of this look; None where a gradient vanished.
+        median: of the last looks' shares; None before there are three.
         raised: the answer from then on.
-        distance: of the two kernels; None where they could not be measured, as ``error`` says.
     """
 
     step: int
+    share: float | None
+    median: float | None
     raised: bool
-    distance: float | None
-    error: str | None = None
 
 
 def check_threshold(threshold: float, name: str = "threshold") -> None:
-    """Raise ConfigError for what is no threshold of a kernel distance."""
+    """Raise ConfigError for what is no threshold of a share."""
     if not 0 < threshold < 1:
         raise ConfigError(f"{name}={threshold} is out of range (0, 1)")
 
 
 class OverfittingAlarm:
-    """Speaks where the network's kernel on FGSM inputs parts from that on PGD inputs.
+    """Speaks where training on one-step examples no longer trains against several steps.
 
-    The distance is 1 − ⟨K_1, K_2⟩/(‖K_1‖‖K_2‖) of the pseudo kernels of x under FGSM and under PGD in two
-    steps of eps/2 from x, in evaluation mode. While one step finds what two find, single-step training sees
-    the worst case; where the two kernels part, it no longer does.
+    What is watched is the update share r_Fᵀ Θ(x_F, x_P) r_P / r_Pᵀ Θ(x_P, x_P) r_P, with Θ the kernel, r the
+    loss's derivatives by the logits, x_F the examples under FGSM and x_P under PGD in two steps of eps/2:
+    of the fall of the loss on x_P that a small step on x_P buys, what one on x_F does
+    (tangentlab.probes.update_signals). Near 1, FGSM stands for PGD; towards 0, the network learns against
+    FGSM alone. The alarm is raised while the median of the last three looks lies below the threshold.
 
     Args:
         x, y: [n, ...] in [0, 1] and [n]: examples, of those that are trained on or others.
         eps: radius of the linf ball that is trained in.
-        threshold: raised above this distance.
-        start: the step from which it may be raised; a network that has hardly learned says nothing.
-        memory: bound on the kernel engine's working memory.
+        threshold: in (0, 1).
+        start: the step from which looks count; a network that has hardly learned says nothing.
 
     ``raised`` is the last answer, ``spoke_at`` the step of the first alarm, ``looks`` are those so far and
     ``cost`` is theirs, in forward passes of one example: 12 an example. The model comes back as it was.
@@ -66,73 +67,55 @@ class OverfittingAlarm:
     """
 
     def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *,
-        eps: float,
-        threshold: float = THRESHOLD,
-        start: int = 0,
-        memory: str | int = "2GiB",
+        self, x: Tensor, y: Tensor, *, eps: float, threshold: float = THRESHOLD, start: int = 0
     ) -> None:
         self.x, self.y = watched.own(x, y)
-        if len(x) < 2:
-            raise ConfigError(f"x holds {len(x)} examples; a kernel's direction needs 2 at least")
+        if not len(x):
+            raise ConfigError("x holds no examples; the alarm needs one at least")
         check_threshold(threshold)
         if start < 0:
             raise ConfigError(f"start={start} is out of range; at least 0")
         self._attacks = FGSM(eps), PGD(eps, eps / 2, 2, random_start=False)
-        self.threshold, self.start, self.memory = threshold, start, bytes_of(memory)
+        self.threshold, self.start = threshold, start
         self.looks: list[AlarmLook] = []
         self.cost = 0
         self.raised = False
         self.spoke_at: int | None = None
         self._step = -1
+        self._shares: list[float] = []
 
     def update(self, model: nn.Module, step: int) -> bool:
-        """Look at the model; whether the alarm is raised.
-
-        A kernel that cannot be measured (a network that has died has none) changes nothing.
+        """Look at the model; whether the alarm is raised. A network that has died changes nothing.
 
         Raises:
-            KernelError: at the first look.
             ConfigError: the step does not follow the last look's.
+            KernelError: no parameter requires a gradient.
         """
         if step <= self._step:
             raise ConfigError(f"step={step} does not follow the last look's, {self._step}")
-        distance = error = None
-        try:
-            distance = self._distance(model)
-        except KernelError as failed:
-            if self._step < 0:
-                raise
-            error = str(failed)
-        self.cost += len(self.x) * (CRAFTING + 2 * PSEUDO_KERNEL)
+        x, y = watched.placed(model, self.x, self.y)
+        with watched.seen_plainly(model, x.device):
+            one_step, several = (attack(model, x, y) for attack in self._attacks)
+            share = update_signals(model, one_step, several, y).get("update_share")
+        self.cost += COST * len(x)
         self._step = step
-        if distance is not None:
-            self.raised = step >= self.start and distance > self.threshold
+        if share is not None and step >= self.start:
+            self._shares = [*self._shares, share][-SMOOTHED:]
+        smooth = median(self._shares) if len(self._shares) == SMOOTHED else None
+        self.raised = smooth is not None and smooth < self.threshold
         if self.raised and self.spoke_at is None:
             self.spoke_at = step
-        self.looks.append(AlarmLook(step, self.raised, distance, error))
+        self.looks.append(AlarmLook(step, share, smooth, self.raised))
         return self.raised
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed alarm needs, as plain tensors; the looks so far are the caller's to keep."""
         spoke_at = math.nan if self.spoke_at is None else self.spoke_at
-        place = [self._step, self.cost, self.raised, spoke_at]
+        place = [self._step, self.cost, self.raised, spoke_at, *self._shares]
         return {"place": torch.tensor(place, dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state_dict`."""
-        step, cost, raised, spoke_at = state["place"].tolist()
+        step, cost, raised, spoke_at, *self._shares = state["place"].tolist()
         self._step, self.cost, self.raised = int(step), int(cost), bool(raised)
         self.spoke_at = None if math.isnan(spoke_at) else int(spoke_at)
-
-    def _distance(self, model: nn.Module) -> float:
-        x, y = watched.placed(model, self.x, self.y)
-        with watched.seen_plainly(model, x.device):
-            crafted = [attack(model, x, y) for attack in self._attacks]
-        one_step, two_steps = (
-            ntk(model, points, kind="pseudo", memory=self.memory).double() for points in crafted
-        )
-        return float(metrics.kernel_distance(one_step, two_steps))

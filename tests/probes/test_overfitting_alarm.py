@@ -1,0 +1,137 @@
+"""The alarm follows planted shares, is smoothed, waits for its start, leaves no trace, and resumes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tangentlab as tl
+from tangentlab.errors import ConfigError, KernelError
+from tangentlab.probes import overfitting_alarm
+
+X, Y = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def alarm(**settings: Any) -> tl.OverfittingAlarm:
+    return tl.OverfittingAlarm(X, Y, eps=0.1, **settings)
+
+
+def followed(
+    monkeypatch: pytest.MonkeyPatch, one: tl.OverfittingAlarm, shares: Sequence[float | None], first: int = 0
+) -> list[bool]:
+    """The answers to planted shares at the steps ``first``, ``first`` + 10, ..."""
+    planted = iter(shares)
+
+    def signals(*_: object) -> dict[str, float]:
+        share = next(planted)
+        return {} if share is None else {"update_share": share}
+
+    monkeypatch.setattr(overfitting_alarm, "update_signals", signals)
+    return [one.update(network(), first + 10 * number) for number in range(len(shares))]
+
+
+def test_it_is_raised_while_the_median_of_three_looks_is_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = alarm()
+    shares = [0.1, 0.9, 0.9, 0.1, 0.9, 0.2, 0.3, 0.9, 0.8]
+    said = followed(monkeypatch, one, shares)
+    assert said == [False] * 5 + [True, True, True, False]
+    assert one.spoke_at == 50
+    assert [look.share for look in one.looks] == shares
+    assert [look.median for look in one.looks[:4]] == [None, None, 0.9, 0.9]
+    assert [look.raised for look in one.looks] == said
+    assert not one.raised
+
+
+def test_looks_before_the_start_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = alarm(start=30)
+    assert followed(monkeypatch, one, [0.1] * 6) == [False] * 5 + [True]
+    assert one.spoke_at == 50
+
+
+def test_the_threshold_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert followed(monkeypatch, alarm(threshold=0.2), [0.3] * 3) == [False] * 3
+    assert followed(monkeypatch, alarm(threshold=0.4), [0.3] * 3) == [False, False, True]
+
+
+def test_a_network_that_has_died_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = alarm()
+    assert followed(monkeypatch, one, [0.1, 0.1, None, 0.1, None]) == [False, False, False, True, True]
+    assert one.looks[2].share is None
+
+
+def test_it_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [0.9, 0.2, 0.3, 0.1, 0.9, 0.9, 0.9]
+    whole = alarm()
+    said = followed(monkeypatch, whole, shares)
+    for cut in range(len(shares)):
+        first, second = alarm(), alarm()
+        before = followed(monkeypatch, first, shares[:cut])
+        second.load_state_dict(first.state_dict())
+        assert before + followed(monkeypatch, second, shares[cut:], 10 * cut) == said
+        assert (second.cost, second.spoke_at, second.raised) == (whole.cost, whole.spoke_at, whole.raised)
+
+
+def test_what_it_sees_is_the_share_and_the_model_stays() -> None:
+    model, one = network(), alarm()
+    model.train()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        one.update(model, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert one.cost == 12 * len(X)
+
+    model.eval()
+    crafted: list[Tensor] = [
+        attack(model, X, Y)
+        for attack in (tl.attacks.FGSM(0.1), tl.attacks.PGD(0.1, 0.05, 2, random_start=False))
+    ]
+    gradients = []
+    for points in crafted:
+        loss = nn.functional.cross_entropy(model(points), Y)
+        parts = torch.autograd.grad(loss, list(model.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in parts]).double())
+    share = gradients[0] @ gradients[1] / (gradients[1] @ gradients[1])
+    assert one.looks[0].share == pytest.approx(float(share), rel=1e-5)
+
+
+def test_examples_are_its_own() -> None:
+    x = X.clone()
+    one = tl.OverfittingAlarm(x, Y, eps=0.1)
+    x.zero_()
+    assert torch.equal(one.x, X)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ConfigError, match="threshold=1.5"):
+        alarm(threshold=1.5)
+    with pytest.raises(ConfigError, match="start=-1"):
+        alarm(start=-1)
+    with pytest.raises(ConfigError, match="eps=8"):
+        tl.OverfittingAlarm(X, Y, eps=8)
+    with pytest.raises(ConfigError, match="no examples"):
+        tl.OverfittingAlarm(X[:0], Y[:0], eps=0.1)
+    with pytest.raises(ConfigError, match="labels"):
+        tl.OverfittingAlarm(X, Y[:3], eps=0.1)
+    with pytest.raises(ConfigError, match="label 2"):
+        tl.OverfittingAlarm(X, Y, eps=0.1).update(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 0)
+    one, frozen = alarm(), network()
+    one.update(network(), 10)
+    with pytest.raises(ConfigError, match="step=10 does not follow"):
+        one.update(network(), 10)
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(KernelError, match="requires a gradient"):
+        one.update(frozen, 20)
