@@ -16,9 +16,9 @@ from tangentlab import data, modes, randomness
 from tangentlab.attacks import FGSM, PGD, Attack
 from tangentlab.errors import ConfigError, ModelError, TangentlabError, first_line
 from tangentlab.models import Normalize, NormalizeEach, check_output, model_class
-from tangentlab.probes import KernelProbe, LazySwitch
+from tangentlab.probes import KernelProbe, LazySwitch, OverfittingAlarm
 from tangentlab.runs.config import RunConfig
-from tangentlab.runs.parsing import FROM_DATA, build_cheaper_method, build_method
+from tangentlab.runs.parsing import FROM_DATA, build_method, build_other_method
 from tangentlab.training import SCHEDULES, Batch, Method, Share, TrainingState
 from tangentlab.training.schedules import piecewise
 
@@ -154,17 +154,17 @@ def _schedule(config: RunConfig, name: str) -> Callable[[float], float]:
     return SCHEDULES[name]
 
 
-def method_schedule(config: RunConfig, steps: int, *, cheaper: bool = False) -> Callable[[int], Method]:
+def method_schedule(config: RunConfig, steps: int, *, other: bool = False) -> Callable[[int], Method]:
     """step -> the method, or the one that the switch turns to, with that step's eps and step_size.
 
     Raises:
         ConfigError: eps has a schedule and the method no eps.
     """
-    method: Any = build_cheaper_method(config) if cheaper else build_method(config)
+    method: Any = build_other_method(config) if other else build_method(config)
     if config.training.eps_schedule == "constant":
         return lambda _: method
     if not hasattr(method, "eps"):
-        name = (config.switch.to if cheaper else config.method)["name"]
+        name = (config.switch.to if other else config.method)["name"]
         raise ConfigError(
             f"training.eps_schedule={config.training.eps_schedule!r}, but method {name!r} has no eps"
         )
@@ -201,6 +201,16 @@ def build_probe(config: RunConfig, examples: Examples) -> KernelProbe | None:
         seed=config.seed,
         memory=config.probe.memory,
         sketch=config.probe.sketch,
+    )
+
+
+def build_alarm(config: RunConfig, examples: Examples, steps_per_epoch: int) -> OverfittingAlarm:
+    """The alarm on class-balanced training examples."""
+    return OverfittingAlarm(
+        *_watched(config, examples, config.alarm.size),
+        eps=config.eps,
+        threshold=config.alarm.threshold,
+        start=round(config.alarm.start * steps_per_epoch),
     )
 
 

@@ -15,6 +15,7 @@ from tangentlab.attacks.threat import check_eps
 from tangentlab.data import DATASETS, Augmentation
 from tangentlab.errors import ConfigError, unknown_choice
 from tangentlab.probes.lazy_switch import check_rule
+from tangentlab.probes.overfitting_alarm import THRESHOLD, check_threshold
 from tangentlab.records import SCHEMA
 from tangentlab.training import SCHEDULES
 
@@ -165,12 +166,37 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
-class SwitchConfig:
-    """When the method gives way to a cheaper one, and comes back: see tangentlab.LazySwitch.
+class AlarmConfig:
+    """The alarm of catastrophic overfitting: see tangentlab.OverfittingAlarm.
 
     Args:
-        rule: none; fixed, at an epoch; or kernel, in its lazy stage.
-        to: {"name": ..., settings}, the cheaper method; atta by default, one step from what the method kept.
+        every: epochs between looks; fractions are allowed; none for no alarm.
+        size: class-balanced training examples that are looked at.
+        threshold: raised while the update share lies below it, in (0, 1).
+        start: epochs before which looks do not count.
+    """
+
+    every: float | None = None
+    size: int = 20
+    threshold: float = THRESHOLD
+    start: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.every is not None and not 0 < self.every < math.inf:
+            raise ConfigError(f"alarm.every={self.every} is out of range; above 0")
+        _at_least("alarm.size", self.size, 1)
+        check_threshold(self.threshold, "alarm.threshold")
+        _at_least("alarm.start", self.start, 0)
+
+
+@dataclass(frozen=True)
+class SwitchConfig:
+    """When the method gives way to another, and comes back: see tangentlab.LazySwitch and the alarm.
+
+    Args:
+        rule: none; fixed, at an epoch; kernel, in its lazy stage; or alarm, while it is raised.
+        to: {"name": ..., settings}, the other method. By default atta, one step from what the method kept; of
+            the rule alarm pgd, in two steps.
         epoch: of the fixed rule.
         every: epochs between looks; fractions are allowed.
         size: class-balanced training examples whose kernel is watched.
@@ -186,7 +212,7 @@ class SwitchConfig:
         sketch: features of random projections; null for exact kernels.
     """
 
-    rule: Literal["none", "fixed", "kernel"] = "none"
+    rule: Literal["none", "fixed", "kernel", "alarm"] = "none"
     to: Mapping[str, Any] = field(default_factory=dict)
     epoch: float = 0.0
     every: float = 0.25
@@ -227,11 +253,12 @@ class RunConfig:
         data: the data set.
         model: {"name": ..., settings}; the name is small_cnn, mlp, preactresnet18 or package.module:Class.
         method: {"name": ..., settings}; the name is one of tangentlab.training.METHODS. "lazy" is written
-            for pgd with the switch's rule kernel.
+            for pgd with the switch's rule kernel, "spectral" for fgsm_rs with its rule alarm.
         training: the optimizer.
         evaluation: what is evaluated and how often.
         probe: the kernel probe.
-        switch: between the method and a cheaper one.
+        alarm: of catastrophic overfitting.
+        switch: between the method and another.
         device: auto (cuda where there is one, else cpu), cpu or cuda.
         precision: fp32, or bf16 for training steps in mixed precision; evaluation and kernels are fp32.
         channels_last: lay images and convolutions out with the channels last; rounding depends on it.
@@ -248,6 +275,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -269,6 +297,10 @@ class RunConfig:
             raise ConfigError(
                 f"switch.epoch={self.switch.epoch} is out of range (0, {self.training.epochs}), the training "
                 "that the fixed rule switches in"
+            )
+        if self.switch.rule == "alarm" and self.alarm.every is None:
+            raise ConfigError(
+                "switch.rule is 'alarm', but alarm.every is null; give the epochs between looks"
             )
         if self.training.batch_size % self.processes:
             raise ConfigError(

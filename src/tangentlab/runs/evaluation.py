@@ -31,7 +31,8 @@ from tangentlab.runs.config import RunConfig
 from tangentlab.runs.parsing import resolve
 from tangentlab.training import load_weights
 
-CHECKPOINTS = ("best", "last")
+BEFORE_ALARM = "before-alarm"
+CHECKPOINTS = ("best", "last", BEFORE_ALARM)
 # name -> those of its settings that an evaluation may choose
 ATTACKS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -81,7 +82,7 @@ def evaluate(
         run: the run folder.
         attacks: of "none", "fgsm", "pgd", "apgd" (APGD on the cross-entropy) and "autoattack" (the standard
             version), all in the linf ball of the run's eps.
-        checkpoints: "best", "last" or both; None for those that exist.
+        checkpoints: of "best", "last" and "before-alarm"; None for those that exist.
         num_steps: of PGD (None: the run's ``evaluation.test_num_steps``) and APGD (None: 100).
         num_restarts: of PGD; None for the run's.
         test_size: the first so many test examples; None for the run's.
@@ -197,7 +198,7 @@ def evaluate_checkpoints(
 
 
 def checkpoint_path(folder: Path, name: str) -> Path:
-    """Where the checkpoint called "best", "last" or "step-N" lies."""
+    """Where the checkpoint called "best", "last", "before-alarm" or "step-N" lies."""
     return folder / "checkpoints" / f"{name}.safetensors"
 
 

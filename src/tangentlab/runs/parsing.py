@@ -25,10 +25,12 @@ from tangentlab.runs.config import RunConfig, SwitchConfig
 from tangentlab.training import METHODS, Method
 
 # The parts of a RunConfig: fixed sections, and those whose settings depend on a name.
-SECTIONS = ("data", "training", "evaluation", "probe", "switch")
+SECTIONS = ("data", "training", "evaluation", "probe", "alarm", "switch")
 CHOSEN = ("model", "method", "switch.to")
-LAZY = "lazy"  # a method's name for PGD training that the kernel's switch makes cheaper
-SWITCHED_TO = "atta"
+# A name that stands for a method and the switch's rule; and what the rules turn to.
+NAMED_SWITCHES = {"lazy": ("pgd", "kernel"), "spectral": ("fgsm_rs", "alarm")}
+SWITCHED_TO = {"fixed": "atta", "kernel": "atta", "alarm": "pgd"}
+ALARM_EVERY = 0.125  # epochs, where the rule alarm leaves it open
 # What a model's constructor is given by the data set and not by the configuration.
 FROM_DATA = {"input_shape", "num_classes"}
 PLAIN = (int, float, str, list, tuple, type(None))
@@ -59,7 +61,7 @@ def load_config(
     """
     values, over = read_yaml(source), _expanded(parse_overrides(overrides))
     asked = _group(over, "switch").get("rule")
-    if asked is not None and "none" in (asked, _group(values, "switch").get("rule", "none")):
+    if asked is not None and "none" in (asked, _rule(values)):
         values = _unswitched(values)
     return resolve(merge(_underived(values, over), over), allow_import=allow_import)
 
@@ -71,8 +73,12 @@ def resolve(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> R
     True
     """
     values = _expanded({str(key): _numbers(str(key), value) for key, value in values.items()})
-    if _group(values, "switch.to") and _group(values, "switch").get("rule", "none") == "none":
-        raise ConfigError("switch.to is given, but switch.rule is 'none'; choose 'fixed' or 'kernel'")
+    if _group(values, "switch.to") and _rule(values) == "none":
+        choices = ", ".join(map(repr, SWITCHED_TO))
+        raise ConfigError(f"switch.to is given, but switch.rule is 'none'; choose from {choices}")
+    if _rule(values) == "alarm" and isinstance(values.get("alarm", {}), Mapping):
+        own = {key: value for key, value in values.get("alarm", {}).items() if value is not None}
+        values["alarm"] = {"every": ALARM_EVERY, **own}
     schema = values.pop("schema", SCHEMA)
     if schema != SCHEMA:
         raise ConfigError(f"schema {schema!r} is unknown; this version reads {SCHEMA}")
@@ -89,10 +95,10 @@ def resolve(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> R
     for section in SECTIONS:
         parsed[section] = type(getattr(defaults, section))(**parsed[section])
     config = RunConfig(**parsed)
-    method, cheaper = build_method(config), build_cheaper_method(config)
-    if cheaper is not None and cheaper.replays != method.replays:
+    method, other = build_method(config), build_other_method(config)
+    if other is not None and other.replays != method.replays:
         raise ConfigError(
-            f"switch.to {config.switch.to['name']!r} takes each batch {cheaper.replays} times in a row and "
+            f"switch.to {config.switch.to['name']!r} takes each batch {other.replays} times in a row and "
             f"method {config.method['name']!r} {method.replays}; they must agree"
         )
     return config
@@ -108,7 +114,7 @@ def build_method(config: RunConfig) -> Method:
     return _method(config.method)
 
 
-def build_cheaper_method(config: RunConfig) -> Method | None:
+def build_other_method(config: RunConfig) -> Method | None:
     """The method that the switch turns to; None without a switch. Raises ConfigError likewise."""
     return _method(config.switch.to) if config.switch.rule != "none" else None
 
@@ -141,10 +147,12 @@ def config_parser(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()
                 default=getattr(defaults, entry.name),
                 help=described[entry.name],
             )
-    switch = values.get("switch", {})
-    if isinstance(switch, Mapping) and switch.get("rule", defaults.switch.rule) != "none":
-        _add_method(parser, values, "switch.to", SWITCHED_TO, _described(SwitchConfig)["to"])
+    rule = _rule(values)
+    if rule in SWITCHED_TO:
+        _add_method(parser, values, "switch.to", SWITCHED_TO[rule], _described(SwitchConfig)["to"])
         derived = parser.get_defaults()
+        if derived["switch.to.name"] == "pgd" and rule == "alarm":
+            parser.set_defaults({"switch.to.num_steps": 2})
         if derived["switch.to.name"] == "atta":  # it starts from what the method kept
             own = {"switch.to.reset_epochs": None, "method.keep_perturbations": True}
             parser.set_defaults({name: value for name, value in own.items() if name in derived})
@@ -155,7 +163,9 @@ def _add_method(parser: Any, values: Mapping[str, Any], group: str, default: str
     """A method's settings under ``group``; what it leaves open follows from the threat model."""
     name = _name(values, group, default)
     if name not in METHODS:
-        raise ConfigError(unknown_choice(group, name, [*METHODS, *([LAZY] if group == "method" else [])]))
+        raise ConfigError(
+            unknown_choice(group, name, [*METHODS, *(NAMED_SWITCHES if group == "method" else ())])
+        )
     _add_chosen(parser, group, name, METHODS[name], described)
     eps = values.get("eps", RunConfig.eps)
     open_settings = {entry.name for entry in fields(METHODS[name]) if entry.default is MISSING}  # type: ignore[arg-type]
@@ -164,7 +174,19 @@ def _add_method(parser: Any, values: Mapping[str, Any], group: str, default: str
     if "step_size" in open_settings:
         own = _group(values, group).get("eps", eps)
         # What is no number is refused when the values are parsed.
-        parser.set_defaults({f"{group}.step_size": own / 4 if isinstance(own, int | float) else 0.0})
+        share = _step_share(group, _rule(values))
+        parser.set_defaults({f"{group}.step_size": share * own if isinstance(own, int | float) else 0.0})
+
+
+def _rule(values: Mapping[str, Any]) -> str:
+    """The switch's rule."""
+    rule = _group(values, "switch.rule")
+    return rule if isinstance(rule, str) else "none"
+
+
+def _step_share(group: str, rule: str) -> float:
+    """A method's step_size over its eps, where it is left open."""
+    return 0.625 if (group, rule) == ("switch.to", "alarm") else 0.25
 
 
 def _add_chosen(parser: Any, group: str, name: str, chosen: Any, described: str) -> None:
@@ -252,38 +274,42 @@ def _underived(values: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any
     eps = _numbers("eps", values.get("eps", RunConfig.eps))
     found = dict(values)
     if isinstance(values.get("method"), Mapping):
-        found["method"] = _underived_method(values["method"], eps, over, over.get("method", {}))
+        share = _step_share("method", _rule(values))
+        found["method"] = _underived_method(values["method"], share, eps, over, over.get("method", {}))
     switch = values.get("switch")
     if isinstance(switch, Mapping) and isinstance(switch.get("to"), Mapping):
-        to = _underived_method(switch["to"], eps, over, _group(over, "switch.to"))
+        share = _step_share("switch.to", _rule(values))
+        to = _underived_method(switch["to"], share, eps, over, _group(over, "switch.to"))
         found["switch"] = {**switch, "to": to}
     return found
 
 
 def _underived_method(
-    method: Mapping[str, Any], old: Any, over: Mapping[str, Any], own_over: Mapping[str, Any]
+    method: Mapping[str, Any], share: float, old: Any, over: Mapping[str, Any], own_over: Mapping[str, Any]
 ) -> dict[str, Any]:
     changed = "eps" in over or "eps" in own_over
     kept = {key: _numbers(key, value) for key, value in method.items()}
     own = kept.get("eps", old)
     if "eps" in over and own == old:
         kept.pop("eps", None)
-    if changed and isinstance(own, int | float) and kept.get("step_size") == own / 4:
+    if changed and isinstance(own, int | float) and kept.get("step_size") == share * own:
         del kept["step_size"]
     return kept
 
 
 def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with the method "lazy" written out, and without the settings of a method not switched to."""
+    """``values`` with a method that names a switch written out, and without settings of none switched to."""
     found = dict(values)
     method, switch = values.get("method"), values.get("switch", {})
     if not isinstance(switch, Mapping):
         return found
-    if isinstance(method, Mapping) and method.get("name") == LAZY:
-        if switch.get("rule", "kernel") != "kernel":
-            raise ConfigError(f"method 'lazy' is pgd with switch.rule 'kernel', not {switch['rule']!r}")
-        switch = {**switch, "rule": "kernel"}
-        found["method"] = {**method, "name": "pgd"}
+    name = _group(values, "method.name")
+    if isinstance(method, Mapping) and isinstance(name, str) and name in NAMED_SWITCHES:
+        base, rule = NAMED_SWITCHES[name]
+        if switch.get("rule", rule) != rule:
+            raise ConfigError(f"method {name!r} is {base} with switch.rule {rule!r}, not {switch['rule']!r}")
+        switch = {**switch, "rule": rule}
+        found["method"] = {**method, "name": base}
     to = switch.get("to")
     if to == {}:  # as the resolved configuration of a run without a switch has it
         switch = {key: value for key, value in switch.items() if key != "to"}
@@ -379,7 +405,9 @@ def _is_plain(hint: Any) -> bool:
 def _nullable(values: Mapping[str, Any]) -> set[str]:
     """Settings of the methods that say that null is one of their values."""
     groups = {"method": _name(values, "method", RunConfig().method["name"])}
-    groups["switch.to"] = _name(values, "switch.to", SWITCHED_TO)
+    rule = _rule(values)
+    if rule in SWITCHED_TO:
+        groups["switch.to"] = _name(values, "switch.to", SWITCHED_TO[rule])
     return {
         f"{group}.{key}"
         for group, name in groups.items()

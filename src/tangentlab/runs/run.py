@@ -61,7 +61,7 @@ from tangentlab.runs.processes import (
     share,
     wrap,
 )
-from tangentlab.runs.switching import Switching, build_controller
+from tangentlab.runs.switching import build_controller, remembered
 from tangentlab.training import Controller, Share, Step, StepHook, TrainingState, load_checkpoint
 from tangentlab.training import train as train_loop
 
@@ -177,7 +177,13 @@ def _train(
         if run is not None:
             log = Log(run, per_epoch, replays)
         controller = build_controller(
-            config, examples, steps=steps, steps_per_epoch=per_epoch, log=log, fabric=fabric
+            config,
+            examples,
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            log=log,
+            fabric=fabric,
+            display=display,
         )
         if log is not None:
             checkpointing, hooks = _hooks(config, examples, log, controller, steps, interruption, display)
@@ -207,7 +213,7 @@ def _train(
             )
             if run is not None and checkpointing is not None:
                 if display is not None and state.seconds["train"] > LONG_SECONDS:
-                    display.say("evaluating the best and last checkpoints on the test set")
+                    display.say("evaluating the checkpoints on the test set")
                 interruption.at_once = True  # nothing to save any more
                 _finish(config, examples, run, model, state, checkpointing)
     except (RuntimeError, ValueError) as error:
@@ -233,8 +239,7 @@ def _hooks(
         config, examples.validation, log, every_steps(config.evaluation.every, per_epoch), steps
     )
     probe = build_probe(config, examples)
-    kept = {"probe": probe, "switch": controller.switch if isinstance(controller, Switching) else None}
-    remembering = {name: one for name, one in kept.items() if one is not None}
+    remembering = remembered(controller) | ({} if probe is None else {"probe": probe})
     checkpointing = Checkpointing(config, log, evaluation, remembering, steps, interruption)
     hooks: list[StepHook] = [evaluation]
     if probe is not None:

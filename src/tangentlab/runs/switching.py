@@ -1,4 +1,4 @@
-"""The controller of a run: one method throughout, or two with a switch between them."""
+"""The controller of a run: one method throughout, or two with a switch or an alarm between them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from tangentlab.probes import LazySwitch
+from tangentlab.runs.alarming import Alarming
 from tangentlab.runs.build import (
     Examples,
+    build_alarm,
     build_switch,
+    every_steps,
     learning_rate,
     method_schedule,
 )
 from tangentlab.runs.config import RunConfig
-from tangentlab.runs.hooks import Log, timed
+from tangentlab.runs.hooks import Display, Log, Remembering, timed
 from tangentlab.training import Controller, Method, TrainingState, check_parameters
 
 
@@ -61,20 +64,46 @@ def build_controller(
     steps_per_epoch: int,
     log: Log | None,
     fabric: Any,
+    display: Display | None = None,
 ) -> Controller:
     """What the configuration says; ``log`` on the first process alone.
 
     Raises:
         ConfigError: a setting is out of range.
     """
-    full = method_schedule(config, steps)
-    if config.switch.rule == "none":
-        return lambda state: full(state.step)
-    return Switching(
-        build_switch(config, examples, steps_per_epoch),
-        {"full": full, "cheap": method_schedule(config, steps, cheaper=True)},
-        learning_rate(config, steps),
+    own, rule = method_schedule(config, steps), config.switch.rule
+    other = None if rule == "none" else method_schedule(config, steps, other=True)
+
+    def throughout(state: TrainingState) -> Method:
+        return own(state.step)
+
+    controller: Controller = throughout
+    if rule in ("fixed", "kernel"):
+        assert other is not None
+        controller = Switching(
+            build_switch(config, examples, steps_per_epoch),
+            {"full": own, "cheap": other},
+            learning_rate(config, steps),
+            config.training.batch_size,
+            log,
+            fabric,
+        )
+    if config.alarm.every is None:
+        return controller
+    return Alarming(
+        build_alarm(config, examples, steps_per_epoch),
+        every_steps(config.alarm.every, steps_per_epoch),
+        controller,
+        other if rule == "alarm" else None,
         config.training.batch_size,
         log,
         fabric,
+        display,
     )
+
+
+def remembered(controller: Controller) -> dict[str, Remembering]:
+    """What of a controller goes on where it was, by name."""
+    if isinstance(controller, Alarming):
+        return {"alarm": controller, **remembered(controller.quiet)}
+    return {"switch": controller.switch} if isinstance(controller, Switching) else {}

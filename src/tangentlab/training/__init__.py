@@ -1,7 +1,14 @@
 """Training: methods, schedules, the loop, and what a checkpoint holds."""
 
 from tangentlab.training.atta import ATTATraining
-from tangentlab.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from tangentlab.training.checkpoint import (
+    judged_weights,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+    write_weights,
+)
 from tangentlab.training.fgsm import FGSMTraining
 from tangentlab.training.fgsm_pgi import FGSMPGITraining
 from tangentlab.training.fgsm_rs import FGSMRSTraining
@@ -57,10 +64,12 @@ __all__ = [
     "TrainingState",
     "ZeroGradTraining",
     "check_parameters",
+    "judged_weights",
     "load_checkpoint",
     "load_weights",
     "recalibrate",
     "save_checkpoint",
     "save_weights",
     "train",
+    "write_weights",
 ]

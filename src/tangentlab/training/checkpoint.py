@@ -56,8 +56,17 @@ def save_checkpoint(
 
 def save_weights(path: Path, state: TrainingState, extra: Mapping[str, Any]) -> None:
     """Write the judged network's weights and buffers alone, atomically, with the step and ``extra``."""
-    held = _weights(state.evaluated)
-    write_tensors(path, held, {"step": state.step, "extra": dict(extra)})
+    write_weights(path, judged_weights(state), state.step, extra)
+
+
+def judged_weights(state: TrainingState) -> dict[str, Tensor]:
+    """The judged network's weights and buffers, as they lie in it, by the names of a checkpoint."""
+    return _weights(state.evaluated)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], step: int, extra: Mapping[str, Any]) -> None:
+    """Write what :func:`judged_weights` gave, or copies of it, as :func:`save_weights` does."""
+    write_tensors(path, weights, {"step": step, "extra": dict(extra)})
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,0 +1,98 @@
+"""The alarm of catastrophic overfitting along a run, as a Controller around another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tangentlab.files import under
+from tangentlab.probes import OverfittingAlarm
+from tangentlab.runs.evaluation import BEFORE_ALARM, checkpoint_path
+from tangentlab.runs.hooks import Display, Log, timed
+from tangentlab.training import (
+    Controller,
+    Method,
+    TrainingState,
+    check_parameters,
+    judged_weights,
+    write_weights,
+)
+
+
+@dataclass
+class Alarming:
+    """Looks every ``every`` steps; while the alarm is raised ``instead`` makes the steps, where there is one.
+
+    The weights of the last look before the first alarm are kept as a checkpoint, and the user is told. Where
+    the alarm steers, its cost is the training's. Of several processes the first looks and tells the others.
+    """
+
+    alarm: OverfittingAlarm
+    every: int
+    quiet: Controller
+    instead: Callable[[int], Method] | None
+    batch_size: int
+    log: Log | None
+    fabric: Any
+    display: Display | None
+    raised: bool | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    kept_at: int = -1
+
+    def __call__(self, state: TrainingState) -> Method:
+        due = state.step % self.every == 0
+        if due and self.log is not None:
+            self._look(state, self.log)
+        if self.instead is None:
+            return self.quiet(state)
+        if due or self.raised is None:
+            self.raised = bool(self.fabric.broadcast(self.alarm.raised))
+        return self.instead(state.step) if self.raised else self.quiet(state)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The alarm's, and the weights that are kept until it speaks."""
+        held = {f"alarm/{name}": tensor for name, tensor in self.alarm.state_dict().items()}
+        held |= {f"kept/{name}": tensor for name, tensor in self.kept.items()}
+        return {**held, "kept_at": torch.tensor(self.kept_at)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.alarm.load_state_dict(under(state, "alarm/"))
+        self.kept, self.kept_at = under(state, "kept/"), int(state["kept_at"])
+
+    def _look(self, state: TrainingState, log: Log) -> None:
+        check_parameters(state)
+        before, silent = self.alarm.cost, self.alarm.spoke_at is None
+        with timed(state, "probe" if self.instead is None else "steering"):
+            raised = self.alarm.update(state.model, state.step)
+        if self.instead is not None:
+            state.steering += (self.alarm.cost - before) / self.batch_size
+        look = self.alarm.looks[-1]
+        said = {"share": look.share, "median": look.median, "threshold": self.alarm.threshold}
+        log.write(
+            state.step,
+            {f"alarm/{name}": value for name, value in said.items() if value is not None}
+            | {"alarm/raised": raised},
+        )
+        if silent and raised:
+            self._speak(state, log)
+        elif silent:
+            self.kept = {name: tensor.detach().clone() for name, tensor in judged_weights(state).items()}
+            self.kept_at = state.step
+
+    def _speak(self, state: TrainingState, log: Log) -> None:
+        """Write the weights that were kept, and tell the user."""
+        path = checkpoint_path(log.run.folder, BEFORE_ALARM)
+        told = ""
+        if self.kept:
+            write_weights(path, self.kept, self.kept_at, {"epoch": log.epoch(self.kept_at)})
+            told = f"; the weights of epoch {log.epoch(self.kept_at):.3g} are kept in {path}"
+            self.kept = {}
+        if self.display is not None:
+            self.display.say(
+                f"alarm at epoch {log.epoch(state.step):.3g}: catastrophic overfitting may begin{told}"
+            )
