@@ -72,7 +72,7 @@ def two(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TRAIN = ["-m", "tangentlab.cli", "train", "digits"]
-CURVES = ["pgd", "trades", "free", "fgsm_pgi", "atta", "lazy"]
+CURVES = ["pgd", "trades", "free", "fgsm_pgi", "atta", "lazy", "spectral"]
 STORING = ["free", "fgsm_pgi", "atta"]
 KEEPING = [*STORING, "lazy"]
 SHARES = ["pgd", "trades", "grad_align", *STORING]
@@ -83,6 +83,8 @@ def settings(method: str) -> list[str]:
         "free": ["--method.replays=2"],
         # From PGD to a step from what it kept, at the second look; the first process says so to the other.
         "lazy": [f"--switch.{word}" for word in ("every=1", "threshold=1.5", "resume=2", "patience=1")],
+        # Raised at the third look; likewise.
+        "spectral": [f"--alarm.{word}" for word in ("every=0.34", "start=0", "threshold=0.999")],
     }
     return own.get(method, [])
 

@@ -1,0 +1,160 @@
+"""A run with an alarm: what is logged, kept and told, what it costs, and training that turns to two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tangentlab.errors import ConfigError
+from tangentlab.files import read_tensors
+from tangentlab.probes import overfitting_alarm
+from tangentlab.runs import RunConfig, evaluate, load_config, resolve, train
+from tangentlab.runs.parsing import dump
+from tiny import TINY
+
+Make = Callable[..., RunConfig]
+LOOKS = ("--alarm.every=0.34", "--alarm.start=0", "--alarm.size=20")  # a look a step
+
+
+class Said:
+    """A display that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, name: str, *, epochs: int, steps_per_epoch: int) -> None: ...
+
+    def show(self, state: Any, values: Mapping[str, Any]) -> None: ...
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def note(self, text: str) -> None: ...
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float]], None]:
+    """The shares that the alarm sees, look by look."""
+
+    def plant(shares: Sequence[float]) -> None:
+        left = iter(shares)
+        monkeypatch.setattr(overfitting_alarm, "update_signals", lambda *_: {"update_share": next(left)})
+
+    return plant
+
+
+def single_step(*words: str) -> RunConfig:
+    tiny = [word for word in TINY if not word.startswith("--method")]
+    return load_config("digits", [*tiny, *words])
+
+
+SHARES = [0.9, 0.9, 0.9, 0.1, 0.2, 0.9, 0.9, 0.1, 0.1]  # medians of three: low at the looks 4, 5 and 8
+
+
+def test_the_weights_before_the_alarm_are_kept_judged_and_told_of(
+    planted: Callable[[Sequence[float]], None], tmp_path: Path
+) -> None:
+    planted(SHARES)
+    said = Said()
+    record = train(single_step("--method=fgsm", *LOOKS), tmp_path / "run", display=said)
+    looks = [line for line in record.metrics if "alarm/raised" in line]
+    assert [line["step"] for line in looks] == list(range(9))
+    assert [line["alarm/share"] for line in looks] == SHARES
+    assert [line["alarm/raised"] for line in looks] == [False] * 4 + [True, True, False, False, True]
+    assert looks[4]["alarm/median"] == 0.2
+    assert looks[4]["alarm/threshold"] == 0.5
+    path = tmp_path / "run" / "checkpoints" / "before-alarm.safetensors"
+    kept, metadata = read_tensors(path)
+    assert metadata["step"] == 3
+    assert said.lines == [
+        "alarm at epoch 1.33: catastrophic overfitting may begin; the weights of epoch 1 are kept in "
+        + str(path)
+    ]
+    # They are those that a run of so many steps has.
+    shorter = single_step("--method=fgsm", "--training.epochs=1")
+    train(shorter, tmp_path / "shorter")
+    last = read_tensors(tmp_path / "shorter" / "checkpoints" / "last.safetensors")[0]
+    assert all(torch.equal(tensor, last[name]) for name, tensor in kept.items())
+    judged = {line["checkpoint"] for line in record.evaluations}
+    assert judged == {"best", "last", "before-alarm"}
+    again = evaluate(tmp_path / "run", attacks=("none",), checkpoints=("before-alarm",), test_size=20)
+    assert [line["epoch"] for line in again] == [1.0]
+
+
+def test_an_alarm_that_only_watches_changes_nothing(tmp_path: Path) -> None:
+    watched = train(single_step("--method=fgsm_rs", *LOOKS), tmp_path / "watched")
+    alone = train(single_step("--method=fgsm_rs"), tmp_path / "alone")
+    ours, others = (
+        read_tensors(run.folder / "checkpoints" / "best.safetensors")[0] for run in (watched, alone)
+    )
+    assert all(torch.equal(tensor, others[name]) for name, tensor in ours.items())
+    assert watched.series("cost") == alone.series("cost")
+    assert watched.status["probe_seconds"] > alone.status["probe_seconds"]
+    assert not (tmp_path / "alone" / "checkpoints" / "before-alarm.safetensors").exists()
+
+
+def test_while_it_is_raised_the_other_method_trains_and_all_is_counted(
+    planted: Callable[[Sequence[float]], None], tmp_path: Path
+) -> None:
+    planted(SHARES)
+    record = train(single_step("--method=spectral", *LOOKS), tmp_path / "run")
+    costs = {line["epoch"]: line for line in record.metrics if "cost" in line}
+    # A batch is a third of an epoch: one step's crafting, two where it is raised.
+    crafted = [1 + int(line["alarm/raised"]) for line in record.metrics if "alarm/raised" in line]
+    for epoch in (1, 2, 3):
+        assert costs[epoch]["input_backwards"] == pytest.approx(sum(crafted[: 3 * epoch]) / 3)
+    assert costs[3]["steering_cost"] == pytest.approx(9 * 12 * 20 / 120)
+    spent = costs[3]["forwards"] + costs[3]["input_backwards"] + 2 * costs[3]["full_backwards"]
+    assert costs[3]["cost"] == pytest.approx(spent + costs[3]["steering_cost"])
+    assert record.status["steering_seconds"] > 0
+
+
+def test_spectral_is_one_step_and_two_while_the_alarm_is_raised(tmp_path: Path) -> None:
+    config = load_config("digits", ["--method=spectral", "--eps=0.2"])
+    assert config.method["name"] == "fgsm_rs"
+    assert (config.switch.rule, config.alarm.every) == ("alarm", 0.125)
+    to = dict(config.switch.to)
+    assert (to["name"], to["num_steps"], to["eps"], to["step_size"]) == ("pgd", 2, 0.2, 0.125)
+    assert resolve(config.to_dict()) == config
+    (tmp_path / "config.yaml").write_text(dump(config))
+    again = load_config(tmp_path, ["--eps=0.4"])
+    assert (again.switch.to["eps"], again.switch.to["step_size"]) == (0.4, 0.25)
+    off = load_config(tmp_path, ["--switch.rule=none"])
+    assert (off.switch.rule, off.switch.to) == ("none", {})
+    (tmp_path / "config.yaml").write_text(dump(load_config("digits", [])))
+    on = load_config(tmp_path, ["--method=spectral"])
+    assert (on.method["name"], on.switch.rule, on.alarm.every) == ("fgsm_rs", "alarm", 0.125)
+    own = load_config("digits", ["--method=n_fgsm", "--switch.rule=alarm", "--alarm.every=0.5"])
+    assert (own.method["name"], own.alarm.every, own.switch.to["name"]) == ("n_fgsm", 0.5, "pgd")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--alarm.every=0"], "alarm.every=0.0 is out of range"),
+        (["--alarm.size=0"], "alarm.size=0 is out of range"),
+        (["--alarm.threshold=1"], r"alarm.threshold=1.0 is out of range \(0, 1\)"),
+        (["--alarm.start=-1"], "alarm.start=-1.0 is out of range"),
+        (["--alarm.every=1", "--alarm.size=5000"], "size=5000 is out of range"),
+        (["--alarm=5"], "alarm"),
+        (["--method=spectral", "--switch.rule=kernel"], "'spectral' is fgsm_rs with switch.rule 'alarm'"),
+        (["--method=free", "--switch.rule=alarm"], "takes each batch 1 times in a row and method 'free' 8"),
+        (["--method=spectrall"], "did you mean 'spectral'"),
+    ],
+)
+def test_an_alarm_that_cannot_be_is_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(load_config("digits", words), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_rule_needs_looks() -> None:
+    values = load_config("digits", ["--method=spectral"]).to_dict()
+    config = resolve({**values, "alarm": {**values["alarm"], "every": None}})
+    assert config.alarm.every == 0.125
+    with pytest.raises(ConfigError, match=r"alarm.every is null"):
+        RunConfig(switch=config.switch)
