@@ -106,6 +106,37 @@ def test_decisions_shade_the_cheap_phases(report: Report, tmp_path: Path) -> Non
     assert "What the switch decided" not in report.html.read_text()
 
 
+def test_the_alarm_is_drawn_beside_what_it_warns_of(report: Report, tmp_path: Path) -> None:
+    assert figures.alarm(report.subjects()).views == ()
+    shares = [0.9, 0.8, 0.9, 0.3, 0.2, 0.2, 0.9]
+    raised = [False, False, False, False, True, True, False]
+    with Run.create(tmp_path / "run", {"name": "mine", "method": "fgsm"}) as run:
+        for step, (share, answer) in enumerate(zip(shares, raised, strict=True)):
+            run.write(
+                {
+                    "step": step,
+                    "epoch": step / 2,
+                    "alarm/share": share,
+                    "alarm/threshold": 0.5,
+                    "alarm/raised": answer,
+                    "fgsm_accuracy": 0.8,
+                    "robust_accuracy": 0.6 if step < 6 else 0.0,
+                }
+            )
+    subject = subjects([read_run(tmp_path / "run")])
+    figure = figures.alarm(subject)
+    (panel,) = figure.panels
+    assert [line.name for line in panel.lines] == ["one look", "threshold"]
+    assert panel.lines[0].y == tuple(shares)
+    assert panel.spans == (Span(2.0, 3.0, "raised"),)
+    assert [mark.x for mark in panel.marks] == [2.0, 2.75]
+    assert figure.finding.state == "found"
+    said = figure.finding.parts[0].text
+    assert said == "the alarm spoke at epoch 2; robust accuracy fell at epoch 2.75, 0.75 epochs later"
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "The alarm spoke in mine at epoch 2." in page
+
+
 def test_distances_are_those_of_the_kernels(report: Report) -> None:
     figure = figures.distances(report.subjects())
     assert [view.label for view in figure.views] == ["clean", "FGSM", "PGD"]

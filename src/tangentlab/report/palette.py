@@ -19,6 +19,7 @@ LIGHT = {
     "lazy": "#9fc5e8",
     "again": "#b4a7d6",
     "cheap": "#a8d5a2",
+    "raised": "#f4a3a3",
 }
 DARK = {
     "ink": "#e8ebf1",
@@ -28,6 +29,7 @@ DARK = {
     "lazy": "#3f7fb8",
     "again": "#7d6bb5",
     "cheap": "#3f8f5a",
+    "raised": "#a94a4a",
 }
 
 # Viridis: perceptually uniform, and readable with any colour vision.

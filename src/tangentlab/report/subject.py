@@ -157,6 +157,11 @@ class Subject:
         angle = self.kernel_curve(inputs, "angle_velocity")
         return (angle or self.kernel_curve(inputs, "velocity")).positive()
 
+    @cached_property
+    def alarm(self) -> float | None:
+        """When the alarm of catastrophic overfitting first spoke."""
+        return next((time for time, raised in self.series("alarm/raised") if raised is True), None)
+
     @property
     def records_collapse(self) -> bool:
         """Whether the run carries what catastrophic overfitting is defined by."""

@@ -10,8 +10,8 @@ from tangentlab.report.table import progress
 
 
 def summary(runs: Sequence[Subject]) -> list[str]:
-    """Two to four sentences: the runs and their state, collapse, parting of the kernels, stages."""
-    sentences = [states(runs), _collapses(runs), _partings(runs), _stages(runs)]
+    """Two to five sentences: the runs and their state, collapse, alarm, parting of the kernels, stages."""
+    sentences = [states(runs), _collapses(runs), _alarms(runs), _partings(runs), _stages(runs)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -45,6 +45,14 @@ def _collapses(runs: Sequence[Subject]) -> str:
     rest = len(recorded) - len(collapsed)
     others = {0: "", 1: "; the other run did not"}.get(rest, f"; the other {rest} runs did not")
     return f"Catastrophic overfitting: {listed(parts)}{others}."
+
+
+def _alarms(runs: Sequence[Subject]) -> str:
+    watched = [run for run in runs if run.series("alarm/raised")]
+    if not watched:
+        return ""
+    spoke = [f"in {run.label} at {run.axis} {run.alarm:.3g}" for run in watched if run.alarm is not None]
+    return f"The alarm spoke {listed(spoke)}." if spoke else "The alarm stayed silent."
 
 
 def _partings(runs: Sequence[Subject]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tangentlab.report.figure import Figure
 from tangentlab.report.figures.accuracies import accuracies
+from tangentlab.report.figures.alarm import alarm
 from tangentlab.report.figures.decisions import decisions
 from tangentlab.report.figures.distances import distances
 from tangentlab.report.figures.gaps import gaps
@@ -19,6 +20,7 @@ from tangentlab.report.subject import Subject
 FIGURES: tuple[Callable[[Sequence[Subject]], Figure], ...] = (
     accuracies,
     gaps,
+    alarm,
     velocity,
     decisions,
     distances,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tangentlab.report.figure import Axis, Finding, Line, Part, State
+from tangentlab.report.figure import Axis, Finding, Line, Part, Span, State
 from tangentlab.report.palette import inputs_name, style_of
 from tangentlab.report.subject import Curve, Subject
 
@@ -25,6 +25,18 @@ def by_axis(runs: Sequence[Subject]) -> list[tuple[str, list[Subject]]]:
 def line_of(run: Subject, inputs: str, curve: Curve) -> Line:
     """A curve of one run on one kind of inputs: the run's colour, the inputs' line style."""
     return Line(inputs_name(inputs), curve.x, curve.y, run.place, style_of(inputs))
+
+
+def spans_of(run: Subject, looks: Sequence[tuple[float, bool]], label: str) -> tuple[Span, ...]:
+    """Where the looks (time, whether) say yes, each until the next, the last until the training's end."""
+    ends = [time for time, _ in looks[1:]] + [max([looks[-1][0], *run.curve("train_loss").x])]
+    spans: list[Span] = []
+    for (start, there), end in zip(looks, ends, strict=True):
+        if there and spans and spans[-1].end == start:
+            spans[-1] = Span(spans[-1].start, end, label)
+        elif there and end > start:
+            spans.append(Span(start, end, label))
+    return tuple(spans)
 
 
 def all_inputs(runs: Sequence[Subject], metric: str) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tangentlab.report.figure import Axis, Figure, Line, LinePanel, Mark, Span, View
-from tangentlab.report.figures._common import conclude, time_axis
+from tangentlab.report.figure import Axis, Figure, Line, LinePanel, Mark, View
+from tangentlab.report.figures._common import conclude, spans_of, time_axis
 from tangentlab.report.subject import Curve, Subject, clean_text
 
 _PHASES = ("full", "cheap")
@@ -80,22 +80,10 @@ def _panel(run: Subject, y_axis: Axis, curves: dict[str, Curve]) -> LinePanel:
             for name, curve in curves.items()
             if curve
         ),
-        spans=_spans(run),
+        spans=spans_of(run, [(time, phase == "cheap") for time, phase in _phases(run)], "cheap"),
         marks=tuple(Mark(time, "", run.place) for time, _ in run.series("switch/reason")),
         colour=run.place,
     )
-
-
-def _spans(run: Subject) -> tuple[Span, ...]:
-    looks = _phases(run)
-    ends = [time for time, _ in looks[1:]] + [max([looks[-1][0], *run.curve("train_loss").x])]
-    spans: list[Span] = []
-    for (start, phase), end in zip(looks, ends, strict=True):
-        if phase == "cheap" and spans and spans[-1].end == start:
-            spans[-1] = Span(spans[-1].start, end, "cheap")
-        elif phase == "cheap" and end > start:
-            spans.append(Span(start, end, "cheap"))
-    return tuple(spans)
 
 
 def _sentence(run: Subject) -> str:
