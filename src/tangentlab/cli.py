@@ -116,7 +116,7 @@ def _parser() -> Parser:
     study.add_argument(
         "name",
         metavar="NAME",
-        help="evolution, normalization, gap, lazy, transfer, overfitting; or all, for the ledger",
+        help="evolution, normalization, gap, lazy, transfer, overfitting, cure; or all, for the ledger",
     )
     study.add_argument("folders", type=Path, nargs="*", metavar="FOLDER",
                        help="with all: where to take claims from (default: results/studies/*)")  # fmt: skip

@@ -26,7 +26,7 @@ from tangentlab.runs import Outcome, RunConfig, check_outcomes, train_many
 from tangentlab.runs.hooks import Display
 from tangentlab.studies.claims import Claim, Verdict
 
-STUDIES = ("evolution", "normalization", "gap", "lazy", "transfer", "overfitting")
+STUDIES = ("evolution", "normalization", "gap", "lazy", "transfer", "overfitting", "cure")
 TIERS = {
     0: "digits, small CNN",
     1: "Fashion-MNIST, 10,000 training images, CNN of three convolutions",

@@ -1,0 +1,318 @@
+"""Catastrophic overfitting prevented: single-step training that the alarm turns to two steps, and its rivals.
+
+Asked: arXiv 2312.02236 cures the collapse of single-step training by the kernel's spectrum. Here the alarm
+(tangentlab.OverfittingAlarm) watches what of a PGD update an FGSM step still makes, and while it is raised
+training takes something else: two steps; more noise (N-FGSM); a smaller step; GradAlign's penalty. Against
+the single-step methods that are said not to collapse, and PGD in two steps throughout, which costs 1.4 times
+as much as FGSM.
+
+At an eps where FGSM training collapses on most seeds, and at 1.5 times that eps. Collapse is that of
+tangentlab.metrics.catastrophic_overfitting, by PGD-10 on the validation split; robust accuracy is APGD's on
+the first test points, of the last checkpoint, and AutoAttack's for some. Cost is in forward equivalents a
+training example, the alarm's looks counted. The threshold that steers was chosen on seeds 0 and 1; they are
+not judged. Hardware and time: a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+
+from tangentlab import metrics
+from tangentlab.records import RunRecord, read_run
+from tangentlab.report.values import Quantity, ValueFigure
+from tangentlab.runs import RunConfig, evaluate, load_config
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, measured
+from tangentlab.studies.study import Study, Values
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What a tier trains and how it is judged.
+
+    Args:
+        config: a shipped configuration.
+        words: overrides of it.
+        eps: where FGSM collapses on most seeds; 1.5 times as much is tried too.
+        points: first test points for APGD.
+        autoattack: first test points for AutoAttack, of the finalists.
+        whole: whether all arms are part of it, or the finalists alone.
+    """
+
+    config: str
+    words: str
+    eps: float
+    points: int
+    autoattack: int
+    whole: bool = True
+
+
+COMMON = (
+    "--probe.size=0 --threads=1 --evaluation.every=0.5 --evaluation.num_steps=10 "
+    "--evaluation.test_num_steps=10 --evaluation.test_size=200"
+)
+TIERS = {
+    0: Tier("digits", "", 0.28, 360, 50),
+    1: Tier(
+        "fashion-mnist",
+        "--training.epochs=10 --training.batch_size=64 --training.schedule=constant --channels_last=true",
+        0.2,
+        1000,
+        200,
+    ),
+    2: Tier("cifar10-narrow", "--training.epochs=15", 16 / 255, 500, 100, whole=False),
+}
+HARDER = 1.5  # times the eps
+TUNING_SEEDS = (0, 1)
+
+SPECTRAL, STEERED = "spectral", "steered by the alarm"
+SINGLE_STEP = ("fgsm", "fgsm_rs", "n_fgsm", "zero_grad", "grad_align", "fgsm_pgi")
+FINALISTS = (SPECTRAL, "fgsm", "fgsm_rs", "n_fgsm", "grad_align", "pgd-2")
+AFFORDABLE = 1.5  # times FGSM's cost
+
+
+def arms(eps: float) -> dict[str, str]:
+    """Name -> overrides."""
+    single = {method: f"--method={method}" for method in SINGLE_STEP}
+    two_steps = f"--method=pgd --method.num_steps=2 --method.step_size={0.625 * eps}"
+    raised = "--method=fgsm_rs --switch.rule=alarm"
+    found = {
+        **single,
+        "pgd": "--method=pgd",
+        "pgd-2": two_steps,
+        SPECTRAL: "--method=spectral",
+        "spectral-from-fgsm": "--method=fgsm --switch.rule=alarm",
+        "spectral-eager": "--method=spectral --alarm.threshold=0.9",
+        "spectral-late": "--method=spectral --alarm.threshold=0.5",
+        "spectral-noise": f"{raised} --switch.to=n_fgsm",
+        "spectral-smaller": f"{raised} --switch.to=fgsm_rs --switch.to.step_size={0.5 * eps}",
+        "spectral-penalty": f"{raised} --switch.to=grad_align",
+    }
+    own = "buffer_updates=[loss]"  # crafting leaves BatchNorm's buffers alone, as in the demo
+    return {
+        arm: f"{words} --method.{own}" + (f" --switch.to.{own}" if kind(arm) == STEERED else "")
+        for arm, words in found.items()
+    }
+
+
+def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
+    """ARM-EPS-SEED -> configuration."""
+    chosen = TIERS[tier]
+    found = {}
+    for seed, eps in product(seeds, (chosen.eps, HARDER * chosen.eps)):
+        for arm, words in arms(eps).items():
+            if not chosen.whole and arm not in FINALISTS:
+                continue
+            name = f"{arm}-{eps:.3g}"
+            own = f"--eps={eps} {words} --name={name} --seed={seed}"
+            overrides = f"{COMMON} {chosen.words} {own}"
+            found[f"{name}-{seed}"] = load_config(chosen.config, overrides.split())
+    return found
+
+
+# --- measurements ----------------------------------------------------------------------------------------
+
+
+def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
+    """A line of the run and its last checkpoint."""
+    tier = next(tier for tier in TIERS.values() if tier.config.startswith(config.data.name))
+    arm = config.name.rpartition("-")[0]
+    record = read_run(folder)
+    found = evaluate(folder, attacks=("none", "apgd"), checkpoints=("last",), test_size=tier.points)
+    if arm in FINALISTS:
+        found += evaluate(folder, attacks=("autoattack",), checkpoints=("last",), test_size=tier.autoattack)
+    judged_by = {line["attack"]: line for line in found}
+    epochs, robust = record.series("robust_accuracy")
+    collapse = metrics.catastrophic_overfitting(epochs, record.series("fgsm_accuracy")[1], robust)
+    yield {
+        "arm": arm,
+        "kind": kind(arm),
+        "eps": config.eps,
+        "clean_accuracy": judged_by.pop("none")["accuracy"],
+        **{f"{name}_accuracy": line["accuracy"] for name, line in judged_by.items()},
+        **{f"{name}_n": line["n"] for name, line in judged_by.items()},
+        "best_validation_accuracy": max(robust[1:]),
+        "last_validation_accuracy": robust[-1],
+        "collapse": None if collapse is None else collapse.epoch,
+        "cost": record.status["cost"],
+        **{name: record.status[name] for name in ("train_seconds", "steering_seconds")},
+        **_raised(record),
+    }
+
+
+def _raised(record: RunRecord) -> dict[str, float]:
+    """The share of the looks at which the alarm was raised, where there is one."""
+    looks = [float(raised) for raised in record.series("alarm/raised")[1]]
+    return {"raised": fmean(looks)} if looks else {}
+
+
+def kind(arm: str) -> str:
+    """What a figure colours an arm by."""
+    if arm.startswith(SPECTRAL):
+        return STEERED
+    return "several steps" if arm.startswith("pgd") else "single-step"
+
+
+# --- claims ----------------------------------------------------------------------------------------------
+
+COLLAPSES = Claim(
+    "cure/collapses",
+    "FGSM training collapses on more than half of the seeds at the lower eps: there is something to cure.",
+    "1 where it collapses",
+    0.5,
+)
+CURED = Claim(
+    "cure/cured",
+    "Training that the alarm turns to two steps collapses in less than 5 % of the runs, at that eps and at "
+    "1.5 times as much.",
+    "share of a seed's two runs that collapse",
+    0.05,
+    above=False,
+    source=f"{PAPER}, with figures of ours",
+)
+COST = Claim(
+    "cure/cost",
+    "It costs less than 1.5 times what FGSM training costs.",
+    "cost in forward equivalents, the looks counted, over FGSM's; the larger of the two eps",
+    1.5,
+    above=False,
+)
+N_FGSM = Claim(
+    "cure/n-fgsm",
+    "It loses less than 1 point of robust accuracy to N-FGSM.",
+    "robust accuracy of N-FGSM minus its, points, mean over the two eps",
+    1.0,
+    above=False,
+)
+GRAD_ALIGN = Claim(
+    "cure/grad-align",
+    "It loses less than 1 point of robust accuracy to GradAlign.",
+    "robust accuracy of GradAlign minus its, points, mean over the two eps",
+    1.0,
+    above=False,
+)
+BEST = Claim(
+    "cure/best",
+    "It is more robust than any other method of at most 1.5 times FGSM's cost, the best of them chosen on "
+    "the other seeds.",
+    "robust accuracy minus that method's, points, mean over the two eps",
+    0.0,
+)
+STEERING = Claim(
+    "cure/steering",
+    "The looks take less than 3 % of the training time.",
+    "seconds of the looks over those of training, lower eps",
+    0.03,
+    above=False,
+)
+CLAIMS = (COLLAPSES, CURED, COST, N_FGSM, GRAD_ALIGN, BEST, STEERING)
+RIVALS = (*SINGLE_STEP, "pgd-2")
+
+
+class Runs:
+    """The runs of the judged seeds, by seed, arm and eps."""
+
+    def __init__(self, values: Sequence[Values]) -> None:
+        self._lines = {
+            (line["seed"], line["arm"], line["eps"]): line
+            for line in values
+            if line["seed"] not in TUNING_SEEDS
+        }
+        self.seeds = sorted({seed for seed, *_ in self._lines})
+        self.eps = sorted({eps for *_, eps in self._lines})
+
+    def of(self, seed: int, arm: str, name: str) -> list[float]:
+        """The numbers of that name, by eps; raises KeyError where one was not measured."""
+        return [float(self._lines[seed, arm, eps][name]) for eps in self.eps]
+
+    def collapsed(self, seed: int, arm: str) -> list[bool]:
+        """Whether its run collapsed, by eps."""
+        return [self._lines[seed, arm, eps].get("collapse") is not None for eps in self.eps]
+
+    def cost(self, seed: int, arm: str) -> float:
+        """Over FGSM's; the larger of the two eps."""
+        pairs = zip(self.of(seed, arm, "cost"), self.of(seed, "fgsm", "cost"), strict=True)
+        return max(own / fgsm for own, fgsm in pairs)
+
+    def robust(self, seed: int, arm: str) -> float:
+        """Robust accuracy in points, mean over the eps."""
+        return 100 * fmean(self.of(seed, arm, "apgd_accuracy"))
+
+    def loses(self, rival: str, seed: int) -> float:
+        """Robust accuracy of the rival minus spectral training's."""
+        return self.robust(seed, rival) - self.robust(seed, SPECTRAL)
+
+    def beats(self, seed: int) -> float:
+        """Against the rival that the other seeds favour."""
+        means: dict[str, float] = {}
+        for rival in RIVALS:
+            with suppress(KeyError):
+                others = [other for other in self.seeds if other != seed]
+                if others and all(self.cost(other, rival) <= AFFORDABLE for other in others):
+                    means[rival] = fmean(self.robust(other, rival) for other in others)
+        if not means:
+            raise KeyError("a rival on other seeds")
+        return -self.loses(max(means, key=lambda rival: means[rival]), seed)
+
+    def steering(self, seed: int) -> float:
+        """Seconds of the looks over those of training, at the lower eps."""
+        return self.of(seed, SPECTRAL, "steering_seconds")[0] / self.of(seed, SPECTRAL, "train_seconds")[0]
+
+
+def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
+    """A verdict for each claim; a seed counts where the arms that its claim needs are there."""
+    seen = Runs(values)
+    effects: Mapping[Claim, Callable[[int], float]] = {
+        COLLAPSES: lambda seed: float(seen.collapsed(seed, "fgsm")[0]),
+        CURED: lambda seed: fmean(seen.collapsed(seed, SPECTRAL)),
+        COST: lambda seed: seen.cost(seed, SPECTRAL),
+        N_FGSM: partial(seen.loses, "n_fgsm"),
+        GRAD_ALIGN: partial(seen.loses, "grad_align"),
+        BEST: seen.beats,
+        STEERING: seen.steering,
+    }
+    return [judge(claim, setting, measured(seen.seeds, effects[claim])) for claim in CLAIMS]
+
+
+# --- figures ---------------------------------------------------------------------------------------------
+
+_CLEAN = Quantity("clean_accuracy", "clean accuracy", percent=True)
+_ROBUST = Quantity("apgd_accuracy", "robust accuracy (APGD)", percent=True)
+FIGURES = (
+    ValueFigure(
+        key="arms",
+        title="Robust at the end",
+        caption="Last checkpoints; a collapsed network has hardly any robust accuracy.",
+        y=(_ROBUST, _CLEAN),
+        x="arm",
+        colour="kind",
+        panels="eps",
+        views="y",
+    ),
+    ValueFigure(
+        key="frontier",
+        title="Robust accuracy against cost",
+        caption="Last checkpoints. Cost is in forward equivalents a training example, the looks counted.",
+        y=(_ROBUST,),
+        x=Quantity("cost", "cost (forward equivalents an example)"),
+        point="arm",
+        colour="kind",
+        panels="eps",
+    ),
+    ValueFigure(
+        key="raised",
+        title="How often the alarm was raised",
+        caption="Share of the looks; while it is raised training takes something else than its one step.",
+        y=(Quantity("raised", "raised", percent=True),),
+        x="arm",
+        colour="kind",
+        panels="eps",
+    ),
+)
+
+STUDY = Study("cure", CLAIMS, runs, measure, judged, FIGURES)

@@ -1,0 +1,152 @@
+"""The study of cures: its arms, what is read off a run, verdicts that planted values give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tangentlab.report.values import value_figure
+from tangentlab.runs import train
+from tangentlab.runs.parsing import build_method
+from tangentlab.studies import cure
+from tangentlab.studies.claims import Verdict
+from tangentlab.studies.cure import FINALISTS, STUDY, TIERS, Tier
+from tiny import TINY
+
+Line = dict[str, Any]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_arms_meet_at_both_radii(tier: int) -> None:
+    runs = STUDY.runs(tier, [3])
+    names = {config.name.rpartition("-")[0] for config in runs.values()}
+    assert set(FINALISTS) <= names
+    assert len(runs) == 2 * len(names)
+    low, high = sorted({config.eps for config in runs.values()})
+    assert high == pytest.approx(1.5 * low)
+    for key, config in runs.items():
+        arm = config.name.rpartition("-")[0]
+        assert key == f"{config.name}-3"
+        assert config.method["eps"] == config.eps
+        assert list(config.method["buffer_updates"]) == ["loss"]
+        assert (config.switch.rule == "alarm") == arm.startswith("spectral")
+        if config.switch.to:
+            assert config.switch.to["eps"] == config.eps
+            assert list(config.switch.to["buffer_updates"]) == ["loss"]
+
+
+def test_two_steps_throughout_cost_what_the_question_says() -> None:
+    runs = STUDY.runs(0, [3])
+    cost = {arm: build_method(runs[f"{arm}-0.28-3"]).passes.cost for arm in ("fgsm", "pgd-2", "pgd")}
+    assert cost["pgd-2"] == 1.4 * cost["fgsm"]
+    assert cost["pgd"] > 3 * cost["fgsm"]
+
+
+def test_a_run_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = " ".join(word for word in TINY if not word.startswith(("--method", "--probe")))
+    monkeypatch.setitem(TIERS, 0, Tier("digits", words, 0.2, 20, 5))
+    runs = STUDY.runs(0, [3])
+    found = {}
+    for arm in ("spectral", "pgd"):
+        config = runs[f"{arm}-0.2-3"]
+        train(config, tmp_path / arm)
+        (found[arm],) = STUDY.measure(tmp_path / arm, config)
+    for arm, line in found.items():
+        assert line["arm"] == arm
+        assert line["apgd_n"] == 20
+        assert 0 <= line["apgd_accuracy"] <= line["clean_accuracy"] <= 1
+        assert line["collapse"] is None
+    assert found["spectral"]["autoattack_n"] == 5
+    assert 0 <= found["spectral"]["raised"] <= 1
+    assert found["spectral"]["steering_seconds"] > 0
+    assert "autoattack_n" not in found["pgd"]
+    assert "raised" not in found["pgd"]
+
+
+# arm -> robust accuracy in points, cost, whether it collapses
+PLANTED = {
+    "fgsm": (5.0, 50.0, True),
+    "fgsm_rs": (40.0, 50.0, False),
+    "n_fgsm": (44.0, 50.0, False),
+    "zero_grad": (30.0, 50.0, False),
+    "grad_align": (45.0, 110.0, False),
+    "fgsm_pgi": (46.0, 70.0, False),
+    "pgd-2": (47.0, 70.0, False),
+    "pgd": (50.0, 230.0, False),
+    "spectral": (48.0, 54.0, False),
+}
+
+
+def planted(seeds: range, **changed: tuple[float, float, bool]) -> list[Line]:
+    lines = []
+    for seed in seeds:
+        for arm, (robust, cost, collapses) in {**PLANTED, **changed}.items():
+            for eps in (0.2, 0.3):
+                line: Line = {
+                    "run": f"{arm}-{eps}-{seed}",
+                    "seed": seed,
+                    "arm": arm,
+                    "kind": cure.kind(arm),
+                    "eps": eps,
+                    "clean_accuracy": 0.8,
+                    "apgd_accuracy": robust / 100 + 0.001 * (seed % 3) + 0.01 * (eps == 0.3),
+                    "collapse": 5.0 if collapses else None,
+                    "cost": cost,
+                    "train_seconds": 100.0,
+                    "steering_seconds": 2.0 if arm == "spectral" else 0.0,
+                }
+                if arm == "spectral":
+                    line["raised"] = 0.1
+                lines.append(line)
+    return lines
+
+
+def verdicts(values: list[Line]) -> dict[str, Verdict]:
+    return {v.claim.id.removeprefix("cure/"): v for v in STUDY.judge(values, "here")}
+
+
+def test_verdicts_on_planted_values() -> None:
+    found = verdicts(planted(range(6)))
+    assert {name: verdict.verdict for name, verdict in found.items()} == {
+        "collapses": "supported",
+        "cured": "supported",
+        "cost": "supported",
+        "n-fgsm": "supported",
+        "grad-align": "supported",
+        "best": "supported",
+        "steering": "supported",
+    }
+    assert all(set(verdict.values) == {2, 3, 4, 5} for verdict in found.values())  # 0 and 1 chose
+    assert found["best"].effect == pytest.approx(1)  # over PGD in two steps; GradAlign costs too much
+    assert found["cost"].effect == pytest.approx(54 / 50)
+    assert found["n-fgsm"].effect == pytest.approx(-4)
+
+
+def test_a_cure_that_fails_is_refuted() -> None:
+    found = verdicts(planted(range(6), spectral=(20.0, 90.0, True)))
+    assert [name for name, verdict in found.items() if verdict.verdict == "refuted"] == [
+        "cured",
+        "cost",
+        "n-fgsm",
+        "grad-align",
+        "best",
+    ]
+    assert found["cured"].effect == 1
+
+
+def test_what_was_not_run_is_not_judged() -> None:
+    few = [line for line in planted(range(6)) if line["arm"] in ("fgsm", "spectral")]
+    found = verdicts(few)
+    assert found["cured"].verdict == "supported"
+    assert found["n-fgsm"].values == {}
+    assert found["best"].values  # against FGSM alone
+    one = verdicts([line for line in few if line["seed"] == 3])
+    assert one["best"].values == {}
+
+
+def test_figures_are_drawn() -> None:
+    values = planted(range(4))
+    for declared in STUDY.figures:
+        assert value_figure(declared, values).panels
