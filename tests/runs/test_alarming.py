@@ -116,7 +116,8 @@ def test_while_it_is_raised_the_other_method_trains_and_all_is_counted(
 def test_spectral_is_one_step_and_two_while_the_alarm_is_raised(tmp_path: Path) -> None:
     config = load_config("digits", ["--method=spectral", "--eps=0.2"])
     assert config.method["name"] == "fgsm_rs"
-    assert (config.switch.rule, config.alarm.every) == ("alarm", 0.125)
+    assert (config.switch.rule, config.alarm.every, config.alarm.threshold) == ("alarm", 0.125, 0.75)
+    assert load_config("digits", []).alarm.threshold < 0.75
     to = dict(config.switch.to)
     assert (to["name"], to["num_steps"], to["eps"], to["step_size"]) == ("pgd", 2, 0.2, 0.125)
     assert resolve(config.to_dict()) == config

@@ -170,9 +170,10 @@ class AlarmConfig:
     """The alarm of catastrophic overfitting: see tangentlab.OverfittingAlarm.
 
     Args:
-        every: epochs between looks; fractions are allowed; none for no alarm.
+        every: epochs between looks; fractions are allowed; none for no alarm. Of the switch's rule alarm an
+            eighth.
         size: class-balanced training examples that are looked at.
-        threshold: raised while the update share lies below it, in (0, 1).
+        threshold: raised while the update share lies below it, in (0, 1). Of the rule alarm 0.75.
         start: epochs before which looks do not count.
     """
 

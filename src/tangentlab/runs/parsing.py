@@ -30,7 +30,8 @@ CHOSEN = ("model", "method", "switch.to")
 # A name that stands for a method and the switch's rule; and what the rules turn to.
 NAMED_SWITCHES = {"lazy": ("pgd", "kernel"), "spectral": ("fgsm_rs", "alarm")}
 SWITCHED_TO = {"fixed": "atta", "kernel": "atta", "alarm": "pgd"}
-ALARM_EVERY = 0.125  # epochs, where the rule alarm leaves it open
+# Of the alarm, where the rule alarm leaves them open: to steer it is raised earlier than to warn.
+STEERING_ALARM = {"every": 0.125, "threshold": 0.75}
 # What a model's constructor is given by the data set and not by the configuration.
 FROM_DATA = {"input_shape", "num_classes"}
 PLAIN = (int, float, str, list, tuple, type(None))
@@ -78,7 +79,7 @@ def resolve(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> R
         raise ConfigError(f"switch.to is given, but switch.rule is 'none'; choose from {choices}")
     if _rule(values) == "alarm" and isinstance(values.get("alarm", {}), Mapping):
         own = {key: value for key, value in values.get("alarm", {}).items() if value is not None}
-        values["alarm"] = {"every": ALARM_EVERY, **own}
+        values["alarm"] = {**STEERING_ALARM, **own}
     schema = values.pop("schema", SCHEMA)
     if schema != SCHEMA:
         raise ConfigError(f"schema {schema!r} is unknown; this version reads {SCHEMA}")
