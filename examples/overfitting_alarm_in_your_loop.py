@@ -1,10 +1,10 @@
-"""The alarm of catastrophic overfitting in a plain PyTorch loop that is not tangentlab's, on somebody's own model.
+"""The alarm of catastrophic overfitting in a plain PyTorch loop that is not tangentlab's, on anyone's model.
 
     python examples/overfitting_alarm_in_your_loop.py
 
-FGSM training at an eps where it collapses. Where the alarm speaks, the weights of the look before are kept, and
-training takes two steps instead of one until it is quiet again. Six lines are the alarm's (marked). A minute on
-a laptop.
+FGSM training at an eps where it collapses. The weights before the alarm first speaks are kept; and, the
+second time, training takes two steps instead of one while it is raised. Six lines are the alarm's (marked).
+Half a minute on a laptop.
 """
 
 import copy
@@ -34,7 +34,7 @@ def train(*, heed: bool) -> tuple[nn.Module, nn.Module, tl.OverfittingAlarm, int
     """The network, the one before the first alarm, the alarm, and how many steps took two gradients."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    alarm = tl.OverfittingAlarm(x[:64], y[:64], eps=eps, start=50)  # 1
+    alarm = tl.OverfittingAlarm(x[:64], y[:64], eps=eps, threshold=0.75, start=50)  # 1
     kept, crafted_twice = model, 0
     for step in range(1400):
         if step % 20 == 0:
@@ -72,4 +72,4 @@ for heed in (False, True):
         print("  the alarm was silent")
     else:
         print(f"  the alarm spoke at step {alarm.spoke_at}; the network before it: {robust(kept):.1%}")
-    print(f"  {twice} of 1400 steps took two gradients; the alarm's own cost: {alarm.cost / 32:.0f} batches' passes")
+    print(f"  {twice} of 1400 steps took two gradients; the alarm cost {alarm.cost / 32:.0f} batches' passes")

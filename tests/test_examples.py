@@ -16,7 +16,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 KERNEL, SPECTRUM = "kernel_of_your_model.py", "spectrum_of_a_large_model.py"
 SWITCH = "lazy_switch_in_your_loop.py"
-RUNS = sorted({path.name for path in EXAMPLES.glob("*.py")} - {KERNEL, SPECTRUM, SWITCH})
+ALARM = "overfitting_alarm_in_your_loop.py"
+RUNS = sorted({path.name for path in EXAMPLES.glob("*.py")} - {KERNEL, SPECTRUM, SWITCH, ALARM})
 
 
 def ran(name: str, *arguments: str, cwd: Path) -> str:
@@ -57,6 +58,18 @@ def test_the_switch_in_a_foreign_loop_turns_and_says_why(tmp_path: Path) -> None
     assert float(robust) > 40  # of ten classes
     assert int(steps) < 9000
     text = (EXAMPLES / SWITCH).read_text()
+    assert [n for n in range(1, 20) if f"# {n}\n" in text] == list(range(1, 7))
+
+
+def test_the_alarm_in_a_foreign_loop_speaks_and_is_heeded(tmp_path: Path) -> None:
+    output = ran(ALARM, cwd=tmp_path)
+    alone, heeded = (float(x) for x in re.findall(r"(?:alone|alarm): robust accuracy ([\d.]+)%", output))
+    assert heeded > alone + 5
+    twice = [int(x) for x in re.findall(r"(\d+) of 1400 steps took two gradients", output)]
+    assert twice[0] == 0
+    assert 0 < twice[1] < 700
+    assert "the network before it" in output
+    text = (EXAMPLES / ALARM).read_text()
     assert [n for n in range(1, 20) if f"# {n}\n" in text] == list(range(1, 7))
 
 
