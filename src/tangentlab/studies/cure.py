@@ -6,7 +6,7 @@ training takes something else: two steps; more noise (N-FGSM); a smaller step; G
 the single-step methods that are said not to collapse, and PGD in two steps throughout, which costs 1.4 times
 as much as FGSM.
 
-At an eps where FGSM training collapses on most seeds, and at 1.5 times that eps. Collapse is that of
+At an eps where FGSM training collapses on most seeds, and at a larger one. Collapse is that of
 tangentlab.metrics.catastrophic_overfitting, by PGD-10 on the validation split; robust accuracy is APGD's on
 the first test points, of the last checkpoint, and AutoAttack's for some. Cost is in forward equivalents a
 training example, the alarm's looks counted. The threshold that steers was chosen on seeds 0 and 1; they are
@@ -38,7 +38,8 @@ class Tier:
     Args:
         config: a shipped configuration.
         words: overrides of it.
-        eps: where FGSM collapses on most seeds; 1.5 times as much is tried too.
+        eps: where FGSM collapses on most seeds, and more: 1.5 times as much, unless no method learns anything
+            there (digits).
         points: first test points for APGD.
         autoattack: first test points for AutoAttack, of the finalists.
         whole: whether all arms are part of it, or the finalists alone.
@@ -46,7 +47,7 @@ class Tier:
 
     config: str
     words: str
-    eps: float
+    eps: tuple[float, float]
     points: int
     autoattack: int
     whole: bool = True
@@ -57,17 +58,16 @@ COMMON = (
     "--evaluation.test_num_steps=10 --evaluation.test_size=200"
 )
 TIERS = {
-    0: Tier("digits", "", 0.28, 360, 50),
+    0: Tier("digits", "", (0.28, 0.34), 360, 50),
     1: Tier(
         "fashion-mnist",
         "--training.epochs=10 --training.batch_size=64 --training.schedule=constant --channels_last=true",
-        0.2,
+        (0.2, 0.3),
         1000,
         200,
     ),
-    2: Tier("cifar10-narrow", "--training.epochs=15", 16 / 255, 500, 100, whole=False),
+    2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255, 24 / 255), 500, 100, whole=False),
 }
-HARDER = 1.5  # times the eps
 TUNING_SEEDS = (0, 1)
 
 SPECTRAL, STEERED = "spectral", "steered by the alarm"
@@ -104,7 +104,7 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
     """ARM-EPS-SEED -> configuration."""
     chosen = TIERS[tier]
     found = {}
-    for seed, eps in product(seeds, (chosen.eps, HARDER * chosen.eps)):
+    for seed, eps in product(seeds, chosen.eps):
         for arm, words in arms(eps).items():
             if not chosen.whole and arm not in FINALISTS:
                 continue
@@ -169,7 +169,7 @@ COLLAPSES = Claim(
 CURED = Claim(
     "cure/cured",
     "Training that the alarm turns to two steps collapses in less than 5 % of the runs, at that eps and at "
-    "1.5 times as much.",
+    "the larger one.",
     "share of a seed's two runs that collapse",
     0.05,
     above=False,
