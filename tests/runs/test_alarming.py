@@ -66,7 +66,7 @@ def test_the_weights_before_the_alarm_are_kept_judged_and_told_of(
     assert [line["alarm/share"] for line in looks] == SHARES
     assert [line["alarm/raised"] for line in looks] == [False] * 4 + [True, True, False, False, True]
     assert looks[4]["alarm/median"] == 0.2
-    assert looks[4]["alarm/threshold"] == 0.5
+    assert looks[4]["alarm/threshold"] == 0.55
     path = tmp_path / "run" / "checkpoints" / "before-alarm.safetensors"
     kept, metadata = read_tensors(path)
     assert metadata["step"] == 3

@@ -80,6 +80,7 @@ def planted(collapse: float | None, seed: int, number: int) -> list[Line]:
             "gradient_cosine": (0.2 if bent else 0.9) - noise,
             "clean/entropy_rank": 5.0 + noise,
             "cheap/fgsm~pgd": (0.5 if parted else 0.05) + 2 * noise,
+            "cheap/update_share": (0.3 if parted else 0.9) - noise,
             "cheap/gradient_cosine": (0.2 if bent else 0.9) - noise,
         }
         # Before the watch begins everything is wild.
@@ -116,6 +117,8 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
         "cheap-in-time": "supported",
         "cheap-false-alarms": "supported",
         "cheap-earlier": "supported",
+        "deployed": "supported",
+        "deployed-false-alarms": "supported",
         "spectrum": "refuted",
     }
     assert set(found["in-time"].values) == {1, 3, 5, 7}
@@ -126,7 +129,8 @@ def test_seeds_that_set_the_threshold_are_not_judged(values: list[Line]) -> None
     even = [line for line in values if line["seed"] % 2 == 0]
     assert all(verdict.values == {} for verdict in STUDY.judge(even, "here"))
     odd = [line for line in values if line["seed"] % 2]
-    assert all(verdict.values == {} for verdict in STUDY.judge(odd, "here"))
+    judged = [v.claim for v in STUDY.judge(odd, "here") if v.values]
+    assert judged == [overfitting.DEPLOYED, overfitting.DEPLOYED_QUIET]  # whose threshold is the shipped one
     assert list(STUDY.derive(odd)) == []
 
 

@@ -17,7 +17,7 @@ from tangentlab.probes.signals import update_signals
 
 COST = 2 + 4 + 2 * 3  # passes an example: FGSM, PGD in two steps, and the loss's gradient on either
 SMOOTHED = 3  # looks whose median is held against the threshold
-THRESHOLD = 0.5
+THRESHOLD = 0.55  # chosen on seed 0 of tier 0 of the study of overfitting
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ from tangentlab.probes import (
     linearity_signals,
     update_signals,
 )
+from tangentlab.probes.overfitting_alarm import THRESHOLD
 from tangentlab.records import read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
@@ -568,6 +569,20 @@ CHEAP_EARLIER = Claim(
     "difference of the mean leads, steps; silence is a lead of 0",
     0.0,
 )
+DEPLOYED = Claim(
+    "overfitting/deployed",
+    "The alarm as it is shipped speaks before PGD accuracy has lost half of its best in more than 90 % of "
+    "the runs that collapse.",
+    "share of a seed's collapsing runs",
+    0.9,
+)
+DEPLOYED_QUIET = Claim(
+    "overfitting/deployed-false-alarms",
+    "The alarm as it is shipped speaks in less than 5 % of the runs that never collapse.",
+    "share of a seed's quiet runs",
+    0.05,
+    above=False,
+)
 SPECTRUM_ALONE = Claim(
     "overfitting/spectrum",
     "The spectrum of the kernel on clean inputs is enough: its best signal speaks in time in more than half "
@@ -576,7 +591,19 @@ SPECTRUM_ALONE = Claim(
     0.5,
     source=f"{PAPER}, as we read it",
 )
-CLAIMS = (IN_TIME, QUIET, EARLIER, CHEAP_IN_TIME, CHEAP_QUIET, CHEAP_EARLIER, SPECTRUM_ALONE)
+CLAIMS = (
+    IN_TIME,
+    QUIET,
+    EARLIER,
+    CHEAP_IN_TIME,
+    CHEAP_QUIET,
+    CHEAP_EARLIER,
+    DEPLOYED,
+    DEPLOYED_QUIET,
+    SPECTRUM_ALONE,
+)
+# As tangentlab.OverfittingAlarm: the median of three looks at 20 examples.
+SHIPPED = Watch("cheap/update_share", "median", -1)
 
 
 def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
@@ -602,6 +629,13 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
                 effects[earlier][seed] = of_kernel["lead"] - of_rival["lead"]
             if "false_alarms" in of_kernel:
                 effects[quiet][seed] = of_kernel["false_alarms"]
+    shipped = Chosen(SHIPPED, -THRESHOLD)
+    for seed, runs in odd.items():
+        worth = _worth(shipped, runs)
+        if "in_time" in worth:
+            effects[DEPLOYED][seed] = worth["in_time"]
+        if "false_alarms" in worth:
+            effects[DEPLOYED_QUIET][seed] = worth["false_alarms"]
     clean = next((one for one in order if one.watch.signal.startswith("clean/")), None)
     if clean is not None:
         worths = {seed: _worth(clean, runs) for seed, runs in odd.items()}
