@@ -1,4 +1,4 @@
-"""The alarm follows planted shares, is smoothed, waits for its start, leaves no trace, and resumes."""
+"""The alarm follows planted shares, pools its looks, waits for its start, leaves no trace, and resumes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tangentlab as tl
 from tangentlab.errors import ConfigError, KernelError
@@ -29,27 +29,37 @@ def alarm(**settings: Any) -> tl.OverfittingAlarm:
 def followed(
     monkeypatch: pytest.MonkeyPatch, one: tl.OverfittingAlarm, shares: Sequence[float | None], first: int = 0
 ) -> list[bool]:
-    """The answers to planted shares at the steps ``first``, ``first`` + 10, ..."""
+    """The answers to planted shares, of equal weight, at the steps ``first``, ``first`` + 10, ..."""
     planted = iter(shares)
 
-    def signals(*_: object) -> dict[str, float]:
+    def products(*_: object) -> tuple[float, float, float]:
         share = next(planted)
-        return {} if share is None else {"update_share": share}
+        return (0.0, 0.0, 0.0) if share is None else (share * 2, 1.0, 2.0)
 
-    monkeypatch.setattr(overfitting_alarm, "update_signals", signals)
+    monkeypatch.setattr(overfitting_alarm, "update_products", products)
     return [one.update(network(), first + 10 * number) for number in range(len(shares))]
 
 
-def test_it_is_raised_while_the_median_of_three_looks_is_low(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = alarm()
-    shares = [0.1, 0.9, 0.9, 0.1, 0.9, 0.2, 0.3, 0.9, 0.8]
+def test_it_is_raised_while_three_looks_together_are_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = alarm(threshold=0.5)
+    shares = [0.1, 0.9, 0.9, 0.3, 0.2, 0.2, 0.3, 0.9, 0.8]
     said = followed(monkeypatch, one, shares)
-    assert said == [False] * 5 + [True, True, True, False]
-    assert one.spoke_at == 50
-    assert [look.share for look in one.looks] == shares
-    assert [look.median for look in one.looks[:4]] == [None, None, 0.9, 0.9]
+    assert said == [False] * 4 + [True, True, True, True, False]
+    assert one.spoke_at == 40
+    assert [look.share for look in one.looks] == pytest.approx(shares)
+    assert [look.pooled for look in one.looks[:2]] == [None, None]
+    assert one.looks[4].pooled == pytest.approx(1.4 / 3)
     assert [look.raised for look in one.looks] == said
     assert not one.raised
+
+
+def test_looks_weigh_by_what_pgd_would_buy(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = iter([(1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.0, 1.0, 8.0)])
+    monkeypatch.setattr(overfitting_alarm, "update_products", lambda *_: next(products))
+    one = alarm()
+    for step in range(3):
+        one.update(network(), step)
+    assert one.looks[-1].pooled == pytest.approx(2 / 10)
 
 
 def test_looks_before_the_start_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,20 +101,24 @@ def test_what_it_sees_is_the_share_and_the_model_stays() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
-    assert one.cost == 12 * len(X)
+    for step in (1, 2):
+        one.update(model, step)
+    assert one.cost == 12 * len(X)  # a third at each look
 
     model.eval()
-    crafted: list[Tensor] = [
-        attack(model, X, Y)
-        for attack in (tl.attacks.FGSM(0.1), tl.attacks.PGD(0.1, 0.05, 2, random_start=False))
-    ]
-    gradients = []
-    for points in crafted:
-        loss = nn.functional.cross_entropy(model(points), Y)
-        parts = torch.autograd.grad(loss, list(model.parameters()))
-        gradients.append(torch.cat([part.flatten() for part in parts]).double())
-    share = gradients[0] @ gradients[1] / (gradients[1] @ gradients[1])
-    assert one.looks[0].share == pytest.approx(float(share), rel=1e-5)
+    attacks = tl.attacks.FGSM(0.1), tl.attacks.PGD(0.1, 0.05, 2, random_start=False)
+    inners, squares = [], []
+    for third in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        gradients = []
+        for attack in attacks:
+            loss = nn.functional.cross_entropy(model(attack(model, X[third], Y[third])), Y[third])
+            parts = torch.autograd.grad(loss, list(model.parameters()))
+            gradients.append(torch.cat([part.flatten() for part in parts]).double())
+        inners.append(float(gradients[0] @ gradients[1]))
+        squares.append(float(gradients[1] @ gradients[1]))
+    shares = [inner / square for inner, square in zip(inners, squares, strict=True)]
+    assert [look.share for look in one.looks] == pytest.approx(shares, rel=1e-5)
+    assert one.looks[2].pooled == pytest.approx(sum(inners) / sum(squares), rel=1e-5)
 
 
 def test_examples_are_its_own() -> None:
@@ -121,8 +135,8 @@ def test_bad_input_is_named() -> None:
         alarm(start=-1)
     with pytest.raises(ConfigError, match="eps=8"):
         tl.OverfittingAlarm(X, Y, eps=8)
-    with pytest.raises(ConfigError, match="no examples"):
-        tl.OverfittingAlarm(X[:0], Y[:0], eps=0.1)
+    with pytest.raises(ConfigError, match="2 examples"):
+        tl.OverfittingAlarm(X[:2], Y[:2], eps=0.1)
     with pytest.raises(ConfigError, match="labels"):
         tl.OverfittingAlarm(X, Y[:3], eps=0.1)
     with pytest.raises(ConfigError, match="label 2"):

@@ -17,6 +17,7 @@ from tangentlab.probes.signals import (
     gradient_signals,
     linearity_error,
     linearity_signals,
+    update_products,
     update_signals,
 )
 
@@ -37,5 +38,6 @@ __all__ = [
     "linearity_error",
     "linearity_signals",
     "output_change",
+    "update_products",
     "update_signals",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from tangentlab.attacks import FGSM, PGD
 from tangentlab.errors import ConfigError
 from tangentlab.probes import watched
-from tangentlab.probes.signals import update_signals
+from tangentlab.probes.signals import update_products
 
 COST = 2 + 4 + 2 * 3  # passes an example: FGSM, PGD in two steps, and the loss's gradient on either
-SMOOTHED = 3  # looks whose median is held against the threshold
+POOLED = 3  # looks that are pooled, each at another part of the examples
 THRESHOLD = 0.55  # chosen on seed 0 of tier 0 of the study of overfitting
 
 
@@ -26,14 +25,14 @@ class AlarmLook:
 
     Attributes:
         step: optimizer updates so far.
-        share: the update share of this look; None where a gradient vanished.
-        median: of the last looks' shares; None before there are three.
+        share: the update share of this look's examples; None where a gradient vanished.
+        pooled: that of the last three looks together; None before there are three.
         raised: the answer from then on.
     """
 
     step: int
     share: float | None
-    median: float | None
+    pooled: float | None
     raised: bool
 
 
@@ -50,16 +49,19 @@ class OverfittingAlarm:
     loss's derivatives by the logits, x_F the examples under FGSM and x_P under PGD in two steps of eps/2:
     of the fall of the loss on x_P that a small step on x_P buys, what one on x_F does
     (tangentlab.probes.update_signals). Near 1, FGSM stands for PGD; towards 0, the network learns against
-    FGSM alone. The alarm is raised while the median of the last three looks lies below the threshold.
+    FGSM alone. Each look takes the next third of the examples; the alarm is raised while the share of the
+    last three looks together, the sum of their numerators over that of their denominators, lies below the
+    threshold.
 
     Args:
-        x, y: [n, ...] in [0, 1] and [n]: examples, of those that are trained on or others.
+        x, y: [n, ...] in [0, 1] and [n], n ≥ 3: examples, of those that are trained on or others, in an order
+            that mixes the classes.
         eps: radius of the linf ball that is trained in.
         threshold: in (0, 1).
         start: the step from which looks count; a network that has hardly learned says nothing.
 
     ``raised`` is the last answer, ``spoke_at`` the step of the first alarm, ``looks`` are those so far and
-    ``cost`` is theirs, in forward passes of one example: 12 an example. The model comes back as it was.
+    ``cost`` is theirs, in forward passes of one example: 4 n a look. The model comes back as it was.
 
     >>> alarm = OverfittingAlarm(x, y, eps=8 / 255)  # doctest: +SKIP
     >>> if step % 50 == 0 and alarm.update(model, step):
@@ -70,8 +72,8 @@ class OverfittingAlarm:
         self, x: Tensor, y: Tensor, *, eps: float, threshold: float = THRESHOLD, start: int = 0
     ) -> None:
         self.x, self.y = watched.own(x, y)
-        if not len(x):
-            raise ConfigError("x holds no examples; the alarm needs one at least")
+        if len(x) < POOLED:
+            raise ConfigError(f"x holds {len(x)} examples; the alarm looks at a third of them at a time")
         check_threshold(threshold)
         if start < 0:
             raise ConfigError(f"start={start} is out of range; at least 0")
@@ -82,7 +84,8 @@ class OverfittingAlarm:
         self.raised = False
         self.spoke_at: int | None = None
         self._step = -1
-        self._shares: list[float] = []
+        self._part = 0  # of the examples, at the next look
+        self._products: list[tuple[float, float]] = []  # ⟨g_F, g_P⟩ and ‖g_P‖² of the last looks
 
     def update(self, model: nn.Module, step: int) -> bool:
         """Look at the model; whether the alarm is raised. A network that has died changes nothing.
@@ -93,29 +96,37 @@ class OverfittingAlarm:
         """
         if step <= self._step:
             raise ConfigError(f"step={step} does not follow the last look's, {self._step}")
-        x, y = watched.placed(model, self.x, self.y)
+        x, y = (part.tensor_split(POOLED)[self._part] for part in watched.placed(model, self.x, self.y))
         with watched.seen_plainly(model, x.device):
             one_step, several = (attack(model, x, y) for attack in self._attacks)
-            share = update_signals(model, one_step, several, y).get("update_share")
+            inner, of_one, square = update_products(model, one_step, several, y)
         self.cost += COST * len(x)
-        self._step = step
-        if share is not None and step >= self.start:
-            self._shares = [*self._shares, share][-SMOOTHED:]
-        smooth = median(self._shares) if len(self._shares) == SMOOTHED else None
-        self.raised = smooth is not None and smooth < self.threshold
+        self._step, self._part = step, (self._part + 1) % POOLED
+        alive = bool(of_one and square)
+        if alive and step >= self.start:
+            self._products = [*self._products, (inner, square)][-POOLED:]
+        pooled = None
+        if len(self._products) == POOLED:
+            inners, squares = zip(*self._products, strict=True)
+            pooled = sum(inners) / sum(squares)
+        self.raised = pooled is not None and pooled < self.threshold
         if self.raised and self.spoke_at is None:
             self.spoke_at = step
-        self.looks.append(AlarmLook(step, share, smooth, self.raised))
+        self.looks.append(AlarmLook(step, inner / square if alive else None, pooled, self.raised))
         return self.raised
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed alarm needs, as plain tensors; the looks so far are the caller's to keep."""
         spoke_at = math.nan if self.spoke_at is None else self.spoke_at
-        place = [self._step, self.cost, self.raised, spoke_at, *self._shares]
-        return {"place": torch.tensor(place, dtype=torch.float64)}
+        place = [self._step, self.cost, self._part, self.raised, spoke_at]
+        return {
+            "place": torch.tensor(place, dtype=torch.float64),
+            "products": torch.tensor(self._products, dtype=torch.float64),
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state_dict`."""
-        step, cost, raised, spoke_at, *self._shares = state["place"].tolist()
-        self._step, self.cost, self.raised = int(step), int(cost), bool(raised)
+        step, cost, part, raised, spoke_at = state["place"].tolist()
+        self._step, self.cost, self._part, self.raised = int(step), int(cost), int(part), bool(raised)
         self.spoke_at = None if math.isnan(spoke_at) else int(spoke_at)
+        self._products = [(inner, square) for inner, square in state["products"].tolist()]

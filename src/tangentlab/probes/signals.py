@@ -9,6 +9,7 @@ and the model comes back as it was. ConfigError is raised where eps is out of ra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -128,7 +129,18 @@ def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tenso
     update_share         ⟨g_F, g_P⟩ / ‖g_P‖²: of the fall that training on x_P would buy, what x_F's does
     update_cosine        ⟨g_F, g_P⟩ / (‖g_F‖ ‖g_P‖)
 
-    {} where a gradient vanishes.
+    {} where a gradient vanishes. Raises KernelError as :func:`update_products`.
+    """
+    inner, of_both, square = update_products(model, one_step, several, y)
+    if not of_both or not square:
+        return {}
+    return {"update_share": inner / square, "update_cosine": inner / math.sqrt(of_both * square)}
+
+
+def update_products(
+    model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor
+) -> tuple[float, float, float]:
+    """⟨g_F, g_P⟩, ‖g_F‖² and ‖g_P‖², as :func:`update_signals` has them.
 
     Raises:
         KernelError: no parameter requires a gradient.
@@ -143,10 +155,8 @@ def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tenso
             )
             for x in (one_step, several)
         )
-    inner, of_both, square = (
-        float(sum((a.double() * b).sum() for a, b in zip(first, second, strict=True)))
-        for first, second in ((of_one, of_several), (of_one, of_one), (of_several, of_several))
-    )
-    if not of_both or not square:
-        return {}
-    return {"update_share": inner / square, "update_cosine": inner / math.sqrt(of_both * square)}
+
+    def product(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+        return float(sum((a.double() * b).sum() for a, b in zip(first, second, strict=True)))
+
+    return product(of_one, of_several), product(of_one, of_one), product(of_several, of_several)

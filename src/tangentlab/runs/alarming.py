@@ -72,7 +72,7 @@ class Alarming:
         if self.instead is not None:
             state.steering += (self.alarm.cost - before) / self.batch_size
         look = self.alarm.looks[-1]
-        said = {"share": look.share, "median": look.median, "threshold": self.alarm.threshold}
+        said = {"share": look.share, "pooled": look.pooled, "threshold": self.alarm.threshold}
         log.write(
             state.step,
             {f"alarm/{name}": value for name, value in said.items() if value is not None}

@@ -172,20 +172,20 @@ class AlarmConfig:
     Args:
         every: epochs between looks; fractions are allowed; none for no alarm. Of the switch's rule alarm an
             eighth.
-        size: class-balanced training examples that are looked at.
+        size: class-balanced training examples; each look takes a third of them.
         threshold: raised while the update share lies below it, in (0, 1). Of the rule alarm 0.75.
         start: epochs before which looks do not count.
     """
 
     every: float | None = None
-    size: int = 20
+    size: int = 60
     threshold: float = THRESHOLD
     start: float = 1.0
 
     def __post_init__(self) -> None:
         if self.every is not None and not 0 < self.every < math.inf:
             raise ConfigError(f"alarm.every={self.every} is out of range; above 0")
-        _at_least("alarm.size", self.size, 1)
+        _at_least("alarm.size", self.size, 3)
         check_threshold(self.threshold, "alarm.threshold")
         _at_least("alarm.start", self.start, 0)
 

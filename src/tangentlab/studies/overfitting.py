@@ -7,7 +7,8 @@ kernels on clean, FGSM and PGD inputs) and the rivals' (tangentlab.probes.linear
 examples; and at every one, named "cheap/...", those of as many examples as BUDGET forward passes pay for,
 with PGD in two steps of eps/2 and kernels of one signed sum of the logits, which are the trace kernel in the
 mean over signs. Of the kernel between FGSM and PGD inputs there is also what the losses' derivatives make of
-it (tangentlab.probes.update_signals).
+it (tangentlab.probes.update_signals), and the shipped alarm's share, which pools three looks at other
+examples each.
 
 A signal is watched as it is ("level"), as the median of its last three looks ("median") or against that of
 more of them ("change"), upwards or downwards. It speaks where it comes to exceed its threshold: a run that
@@ -44,6 +45,7 @@ from tangentlab.errors import KernelError
 from tangentlab.kernels import ntk
 from tangentlab.probes import (
     KernelProbe,
+    OverfittingAlarm,
     SignedSum,
     fgsm_pgd_gap,
     gradient_signals,
@@ -51,7 +53,7 @@ from tangentlab.probes import (
     linearity_signals,
     update_signals,
 )
-from tangentlab.probes.overfitting_alarm import THRESHOLD
+from tangentlab.probes.overfitting_alarm import POOLED, THRESHOLD
 from tangentlab.records import read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
@@ -131,11 +133,13 @@ CHEAP_PAIRS = {
     f"{a}~{b}": CRAFTING[a] + CRAFTING[b] + 2 * GRADIENT
     for a, b in (("clean", "noise"), ("clean", "fgsm"), ("noise", "fgsm"), ("clean", "pgd"), ("fgsm", "pgd"))
 }
+POOLED_SHARE, POOLED_RATIO = "pooled_share", "pooled_loss_ratio"  # of three looks at other examples each
 CHEAP_UPDATES = dict.fromkeys(UPDATES, CHEAP_PAIRS["fgsm~pgd"])
 CHEAP_RIVALS = {
     "fgsm_pgd_gap": 24,
     "fgsm_pgd2_gap": 8,
     "loss_ratio": 8,
+    POOLED_RATIO: 8,
     "gradient_cosine": 4,
     "linearity_error": 3,
     "gradient_norm": 2,
@@ -145,6 +149,7 @@ CHEAP_RIVALS = {
 COSTS = {
     **{f"cheap/{inputs}/{name}": cost for (inputs, cost) in CHEAP_SPECTRUM.items() for name in SPECTRUM},
     **{f"cheap/{pair}": cost for pair, cost in (CHEAP_PAIRS | CHEAP_UPDATES).items()},
+    f"cheap/{POOLED_SHARE}": CHEAP_PAIRS["fgsm~pgd"],
     **{f"cheap/{name}": cost for name, cost in CHEAP_RIVALS.items()},
 }
 SIGNALS = (*KERNEL, *RIVALS, *COSTS)
@@ -198,15 +203,42 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     # Disjoint; the first PROBED of either have equally many of each class.
     sets = data.class_balanced(examples.train.labels, 2 * size, seed=config.seed).split(size)
     first, second = ((examples.train.x(index), examples.train.labels[index]) for index in sets)
+    pooled = _Pooled(*first, config)
     for look, (number, path) in enumerate(kept_checkpoints(folder).items()):
         at = load_weights(path, model)["extra"]["epoch"]
         if collapse is not None and at > collapse.epoch + AFTERWARDS:
             break
         for what, points in {"signals": first, **({} if look % AGAIN else {"again": second})}.items():
             seen = _cheap_signals(model, *points, config)
+            seen |= pooled.look(model, number) if what == "signals" else {}
             seen |= {} if look % FULL else _signals(model, *points, config)
             rounded = {name: float(f"{value:.4g}") for name, value in seen.items()}
             yield {"what": what, "eps": config.eps, "step": number, "epoch": at, **rounded}
+
+
+class _Pooled:
+    """The shipped alarm's share, and the losses' ratio pooled in the same way."""
+
+    def __init__(self, x: Tensor, y: Tensor, config: RunConfig) -> None:
+        n = POOLED * (BUDGET // COSTS[f"cheap/{POOLED_SHARE}"])
+        self.alarm = OverfittingAlarm(x[:n], y[:n], eps=config.eps)
+        n = POOLED * (BUDGET // CHEAP_RIVALS[POOLED_RATIO])
+        self.parts = list(zip(x[:n].tensor_split(POOLED), y[:n].tensor_split(POOLED), strict=True))
+        self.losses: list[tuple[float, float]] = []
+        self.config = config
+
+    def look(self, model: nn.Module, step: int) -> dict[str, float]:
+        self.alarm.update(model, step)
+        points = self.parts[(len(self.alarm.looks) - 1) % POOLED]
+        inputs = _inputs(model, *points, self.config)
+        self.losses = [*self.losses, _losses(model, inputs["fgsm"], inputs["pgd"], points[1])][-POOLED:]
+        found = {}
+        if (share := self.alarm.looks[-1].pooled) is not None:
+            found[f"cheap/{POOLED_SHARE}"] = share
+        if len(self.losses) == POOLED:
+            of_one, of_several = map(sum, zip(*self.losses, strict=True))
+            found[f"cheap/{POOLED_RATIO}"] = of_several / of_one
+        return found
 
 
 def _signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> dict[str, float]:
@@ -218,7 +250,8 @@ def _signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> dict[
     with modes.evaluation(model):
         noise = randomness.generator(config.seed, "full")
         one_step, several = (attack(model, x, y, generator=noise) for attack in attacks.values())
-    seen["loss_ratio"] = _loss_ratio(model, one_step, several, y)
+    of_one, of_several = _losses(model, one_step, several, y)
+    seen["loss_ratio"] = of_several / of_one
     seen |= update_signals(model, one_step, several, y)
     with suppress(KernelError):  # a network that has died has no kernel: its other signals remain
         seen |= _of_kernels(probe.measure(model, 0).values)
@@ -243,7 +276,8 @@ def _cheap_signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) ->
     seen["gradient_cosine"] = of_fewer["gradient_cosine"]
     points = _inputs(model, *few("gradient_norm"), config)
     n = BUDGET // CHEAP_RIVALS["loss_ratio"]
-    seen["loss_ratio"] = _loss_ratio(model, points["fgsm"][:n], points["pgd"][:n], y[:n])
+    of_one, of_several = _losses(model, points["fgsm"][:n], points["pgd"][:n], y[:n])
+    seen["loss_ratio"] = of_several / of_one
     with suppress(KernelError):
         seen |= _of_cheap_kernels(model, points, config)
     n = BUDGET // CHEAP_UPDATES["update_share"]
@@ -262,11 +296,11 @@ def _inputs(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> dict[s
         }
 
 
-def _loss_ratio(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> float:
-    """The mean loss on PGD inputs over that on FGSM inputs."""
+def _losses(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> tuple[float, float]:
+    """The mean loss on FGSM inputs, and on PGD inputs."""
     with modes.evaluation(model), torch.no_grad():
-        of_one, of_several = (cross_entropies(model(x), y=y).mean() for x in (one_step, several))
-    return float(of_several / of_one)
+        of_one, of_several = (float(cross_entropies(model(x), y=y).mean()) for x in (one_step, several))
+    return of_one, of_several
 
 
 def _of_cheap_kernels(model: nn.Module, points: Mapping[str, Tensor], config: RunConfig) -> dict[str, float]:
@@ -602,8 +636,7 @@ CLAIMS = (
     DEPLOYED_QUIET,
     SPECTRUM_ALONE,
 )
-# As tangentlab.OverfittingAlarm: the median of three looks at 20 examples.
-SHIPPED = Watch("cheap/update_share", "median", -1)
+SHIPPED = Watch(f"cheap/{POOLED_SHARE}", "level", -1)
 
 
 def judged(values: Sequence[Values], setting: str) -> list[Verdict]:

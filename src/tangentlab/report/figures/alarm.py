@@ -10,15 +10,15 @@ from tangentlab.report.subject import Subject
 
 
 def alarm(runs: Sequence[Subject]) -> Figure:
-    """A panel a run: the update share, its median and the threshold; shaded while the alarm is raised."""
+    """A panel a run: the update share and the threshold; shaded while the alarm is raised."""
     watched = [run for run in runs if _answers(run)]
     return Figure(
         key="alarm",
         title="The alarm",
         caption="Of the fall of PGD's loss that a small step of PGD training buys, what a step on FGSM "
-        "inputs does: every look and the median of the last three, against the threshold. Shaded while the "
-        "alarm is raised. Marks: where it first spoke, and where robust accuracy fell (catastrophic "
-        "overfitting).",
+        "inputs does: every look, each at other examples, and the last three together, against the "
+        "threshold. Shaded while the alarm is raised. Marks: where it first spoke, and where robust accuracy "
+        "fell (catastrophic overfitting).",
         finding=conclude(
             "the alarm speaking before robust accuracy falls, and staying silent where it does not",
             [(run, _sentence(run)) for run in watched],
@@ -38,7 +38,7 @@ def _answers(run: Subject) -> list[tuple[float, bool]]:
 def _panel(run: Subject) -> LinePanel:
     curves = [
         ("one look", run.curve("alarm/share"), "dot"),
-        ("median of three", run.curve("alarm/median"), "solid"),
+        ("three looks", run.curve("alarm/pooled"), "solid"),
         ("threshold", run.curve("alarm/threshold"), "dash"),
     ]
     marks = []
