@@ -23,7 +23,8 @@ eps = 0.28
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    widths, layers = (1, 8, 16, 32, 32), []
+    widths = (1, 8, 16, 32, 32)
+    layers: list[nn.Module] = []
     for i in range(4):
         layers += [nn.Conv2d(widths[i], widths[i + 1], 3, 1 + (i > 1), 1, bias=False)]
         layers += [nn.BatchNorm2d(widths[i + 1]), nn.ReLU()]
