@@ -9,8 +9,8 @@ as much as FGSM.
 At an eps where FGSM training collapses on most seeds, and at a larger one. Collapse is that of
 tangentlab.metrics.catastrophic_overfitting, by PGD-10 on the validation split; robust accuracy is APGD's on
 the first test points, of the last checkpoint, and AutoAttack's for some. Cost is in forward equivalents a
-training example, the alarm's looks counted. The threshold that steers was chosen on seeds 0 and 1; they are
-not judged. Hardware and time: a CPU.
+training example, the alarm's looks counted. The threshold that steers was set after single runs; seeds 0
+and 1 are there to choose it on, and are not judged. Hardware and time: a CPU.
 """
 
 from __future__ import annotations
