@@ -64,8 +64,7 @@ class OverfittingAlarm:
     ``cost`` is theirs, in forward passes of one example: 4 n a look. The model comes back as it was.
 
     >>> alarm = OverfittingAlarm(x, y, eps=8 / 255)  # doctest: +SKIP
-    >>> if step % 50 == 0 and alarm.update(model, step):
-    ...     ...  # doctest: +SKIP
+    >>> steps = 2 if alarm.update(model, step) else 1  # doctest: +SKIP
     """
 
     def __init__(
