@@ -50,8 +50,17 @@ STEPS = (1, 20)  # 20 bring the momentum, which begins at zero, to 88 % of what 
 BATCH_SIZES = (64, 512)
 SCALED_ROWS = 5
 
-# Configuration, epochs, and steps of PGD and of TRADES.
-_TIERS = {0: ("digits", 11, 10), 1: ("fashion-mnist", 15, 10), 2: ("cifar10-narrow", 10, 5)}
+# Configuration, epochs, how PGD and TRADES craft, and what else differs.
+_TIERS: Mapping[int, tuple[str, int, tuple[str, ...], tuple[str, ...]]] = {
+    0: ("digits", 11, ("--method.num_steps=10",), ()),
+    1: ("fashion-mnist", 15, ("--method.num_steps=10",), ()),
+    2: (
+        "cifar10-narrow",
+        10,
+        ("--method.num_steps=3", "--method.step_size=4/255"),
+        ("--channels_last=true",),
+    ),
+}
 _SETTINGS = [
     "--training.batch_size=64",
     "--training.schedule=piecewise",
@@ -129,13 +138,13 @@ LAZY = Claim(
 
 def runs(tier: int, seeds: Sequence[int]) -> Mapping[str, RunConfig]:
     """Each method with each seed."""
-    base, epochs, num_steps = _TIERS[tier]
+    base, epochs, crafting, words = _TIERS[tier]
 
     def config(method: str, seed: int) -> RunConfig:
         own = ["--method", method, "--name", f"{method}-{seed}", "--seed", str(seed)]
         if method in ("pgd", "trades"):
-            own += ["--method.num_steps", str(num_steps)]
-        return load_config(base, [*own, "--training.epochs", str(epochs), *_SETTINGS])
+            own += crafting
+        return load_config(base, [*own, "--training.epochs", str(epochs), *_SETTINGS, *words])
 
     return {f"{method}-{seed}": config(method, seed) for method in METHODS for seed in seeds}
 
