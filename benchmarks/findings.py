@@ -2,13 +2,14 @@
 
     python benchmarks/findings.py [STUDY ...]      # such as runs/gap, where tangentlab study put it
 
-Of each study the configuration, the raw values and the verdicts are kept, of those seeds alone of which every
-run was measured. Without a folder only the ledgers are written.
+Of each study the configuration, the raw values (packed where they are large) and the verdicts are kept, of
+those seeds alone of which every run was measured. Without a folder only the ledgers are written.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tangentlab.studies.study import load_study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "studies"
+LARGE = 1_000_000  # bytes
 
 
 def main() -> None:
@@ -50,7 +52,13 @@ def take(folder: Path, machine: dict[str, object]) -> str:
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     kept = [json.dumps(line) + "\n" for line in lines if line["seed"] in config["seeds"]]
-    (out / "values.jsonl").write_text("".join(kept))
+    content, plain, packed = "".join(kept).encode(), out / "values.jsonl", out / "values.jsonl.gz"
+    plain.unlink(missing_ok=True)
+    packed.unlink(missing_ok=True)
+    if len(content) < LARGE:
+        plain.write_bytes(content)
+    else:
+        packed.write_bytes(gzip.compress(content, mtime=0))
     (out / "study.json").write_bytes(json_bytes({**judge_study(out), "environment": machine}))
     return f"{out}: seeds {config['seeds']}, {len(kept)} values"
 

@@ -9,11 +9,13 @@ Nothing read here can execute code: JSON, YAML and safetensors.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import platform
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -330,8 +332,8 @@ def read_study(folder: str | Path) -> StudyRecord:
 
 
 def read_values(folder: Path) -> list[dict[str, Any]]:
-    """A study's raw values, as far as they were measured."""
-    return _read_lines(folder / "values.jsonl")
+    """A study's raw values, as far as they were measured: values.jsonl.gz, if there, then values.jsonl."""
+    return [line for name in ("values.jsonl.gz", "values.jsonl") for line in _read_lines(folder / name)]
 
 
 def kernel_path(folder: Path, step: int) -> Path:
@@ -425,9 +427,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         # Split at b"\n" alone, and drop what follows the last one: a line is a line when it is whole.
-        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except (OSError, ValueError) as error:
+        lines = [json.loads(line) for line in content.split(b"\n")[:-1]]
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {_one_line(error)}") from error
     if not all(isinstance(line, dict) for line in lines):
         raise RunFolderError(f"{path} cannot be read: a line is no JSON object")

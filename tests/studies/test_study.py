@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -70,13 +71,24 @@ def test_a_study_goes_on(measured: list[str], tmp_path: Path) -> None:
     assert written == found == judge_study(tmp_path)
 
 
-def test_values_alone_are_gone_on_with(measured: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_alone_are_gone_on_with(measured: list[str], tmp_path: Path, packed: bool) -> None:
     run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
     shutil.rmtree(tmp_path / "runs")
+    if packed:
+        values = tmp_path / "values.jsonl"
+        (tmp_path / "values.jsonl.gz").write_bytes(gzip.compress(values.read_bytes()))
+        values.unlink()
     found = run_study("evolution", tmp_path, tier=0, seeds=[0, 1, 2])
     assert measured == ["tiny-0", "tiny-1", "tiny-2"]
     assert [run.name for run in (tmp_path / "runs").iterdir()] == ["tiny-2"]
     assert len(found["claims"][0]["values"]) == 3
+
+
+def test_packed_values_that_were_cut_are_named(tmp_path: Path) -> None:
+    (tmp_path / "values.jsonl.gz").write_bytes(gzip.compress(b'{"run": "tiny-0"}\n')[:-9])
+    with pytest.raises(RunFolderError, match=r"values\.jsonl\.gz cannot be read"):
+        read_values(tmp_path)
 
 
 def test_a_run_that_fails_leaves_the_other_seeds(measured: list[str], tmp_path: Path) -> None:
