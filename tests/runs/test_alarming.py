@@ -13,7 +13,10 @@ from tangentlab.errors import ConfigError
 from tangentlab.files import read_tensors
 from tangentlab.probes import overfitting_alarm
 from tangentlab.runs import RunConfig, evaluate, load_config, resolve, train
+from tangentlab.runs.alarming import Alarming
+from tangentlab.runs.evaluation import kept_checkpoints
 from tangentlab.runs.parsing import dump
+from tangentlab.training import TrainingState
 from tiny import TINY
 
 Make = Callable[..., RunConfig]
@@ -112,6 +115,34 @@ def test_while_it_is_raised_the_other_method_trains_and_all_is_counted(
     spent = costs[3]["forwards"] + costs[3]["input_backwards"] + 2 * costs[3]["full_backwards"]
     assert costs[3]["cost"] == pytest.approx(spent + costs[3]["steering_cost"])
     assert record.status["steering_seconds"] > 0
+
+
+def test_training_goes_back_to_the_weights_before_each_alarm(
+    planted: Callable[[Sequence[float]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(SHARES)
+    restore, seen = Alarming._restore, []
+
+    def weights(state: TrainingState) -> dict[str, torch.Tensor]:
+        return {f"model/{name}": tensor.clone() for name, tensor in state.model.state_dict().items()}
+
+    def watched(self: Alarming, state: TrainingState, good: dict[str, torch.Tensor] | None) -> None:
+        before = weights(state)
+        restore(self, state, good)
+        if good is not None:
+            seen.append((state.step, before, weights(state), len(state.optimizer.state)))
+
+    monkeypatch.setattr(Alarming, "_restore", watched)
+    words = ("--method=fgsm", *LOOKS, "--alarm.restore=true", "--training.keep_every=0.34")
+    record = train(single_step(*words), tmp_path / "run")
+    restored = [line["step"] for line in record.metrics if line.get("alarm/restored")]
+    assert restored == [step for step, *_ in seen] == [4, 8]
+    kept = {step: read_tensors(path)[0] for step, path in kept_checkpoints(tmp_path / "run").items()}
+    for step, before, after, momentum in seen:
+        assert momentum == 0
+        for name, tensor in kept[step].items():
+            assert torch.equal(before[name], tensor), name
+            assert torch.equal(after[name], kept[step - 1][name]), name
 
 
 def test_spectral_is_one_step_and_two_while_the_alarm_is_raised(tmp_path: Path) -> None:

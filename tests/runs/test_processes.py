@@ -75,7 +75,7 @@ TRAIN = ["-m", "tangentlab.cli", "train", "digits"]
 CURVES = ["pgd", "trades", "free", "fgsm_pgi", "atta", "lazy", "spectral"]
 STORING = ["free", "fgsm_pgi", "atta"]
 KEEPING = [*STORING, "lazy"]
-SHARES = ["pgd", "trades", "grad_align", *STORING]
+SHARES = ["pgd", "trades", "grad_align", "update_align", *STORING]
 
 
 def settings(method: str) -> list[str]:

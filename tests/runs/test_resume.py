@@ -55,11 +55,13 @@ def contents(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def config(tiny_config: Make) -> RunConfig:
-    """Everything that goes on where it was: the probe, a switch that turns, an alarm that speaks, what
-    methods keep."""
+    """Everything that goes on where it was: the probe, a switch that turns, an alarm that speaks and goes
+    back, what methods keep."""
     switch = "rule=kernel every=0.34 size=10 threshold=0.9 resume=1.2 patience=1 held_out=20 max_fall=0.5"
     words = [f"--switch.{word}" for word in switch.split()]
-    words += [f"--alarm.{word}" for word in ["every=0.34", "size=10", "threshold=0.995", "start=1"]]
+    words += [
+        f"--alarm.{word}" for word in ["every=0.34", "size=10", "threshold=0.995", "start=1", "restore=true"]
+    ]
     return tiny_config("--probe.every=0.34", "--evaluation.every=0.67", *words)
 
 
@@ -71,6 +73,7 @@ def whole(config: RunConfig, tmp_path: Path) -> dict[str, Any]:
     raised = [line["alarm/raised"] for line in found["metrics"] if "alarm/raised" in line]
     assert raised.index(True) == 5  # after a checkpoint, the third look that counts
     assert "before-alarm.safetensors" in found
+    assert any(line.get("alarm/restored") for line in found["metrics"])
     return found
 
 

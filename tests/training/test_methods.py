@@ -37,6 +37,7 @@ from tangentlab.training import (
     Step,
     TRADESTraining,
     TrainingState,
+    UpdateAlignTraining,
     ZeroGradTraining,
     load_checkpoint,
     load_weights,
@@ -58,6 +59,7 @@ INSTANCES: dict[str, Method] = {
     "zero_grad": ZeroGradTraining(EPS),
     "fgsm_pgi": FGSMPGITraining(EPS),
     "atta": ATTATraining(EPS),
+    "update_align": UpdateAlignTraining(EPS),
 }
 ADVERSARIAL = {name: method for name, method in INSTANCES.items() if isinstance(method, Adversarial)}
 # Updates of BatchNorm's buffers in a step, as each method's source has them.
@@ -73,6 +75,7 @@ UPDATES = {
     "zero_grad": 2,
     "fgsm_pgi": 2,
     "atta": 1,
+    "update_align": 4,
 }
 every_method = pytest.mark.parametrize("method", INSTANCES.values(), ids=INSTANCES)
 every_adversarial = pytest.mark.parametrize("method", ADVERSARIAL.values(), ids=ADVERSARIAL)
@@ -165,7 +168,9 @@ def test_the_backwards_of_a_step_are_the_ones_stated(method: Method, monkeypatch
     monkeypatch.setattr(first, "forward", lambda x: First.apply(x, first.weight) + first.bias)
     first.weight.register_hook(lambda _: products.__setitem__("weights", products["weights"] + 1))
     loss_of(method, model, batch(0)).backward()
-    assert products["weights"] == 1  # crafting computes no gradient of the parameters
+    aligned = isinstance(method, UpdateAlignTraining)
+    # Crafting computes no gradient of the parameters but those that are aligned.
+    assert products["weights"] == 1 + 2 * aligned
     shared = isinstance(method, (FreeTraining, FGSMPGITraining))  # the loss's backward reaches x too
     double = isinstance(method, GradAlignTraining)
     assert products["inputs"] == method.passes.input_backwards + shared + double
@@ -363,7 +368,7 @@ def test_label_smoothing_is_torchs(method: Method) -> None:
     smooth = replace(method, label_smoothing=0.3)
     found = loss_of(smooth, Counting().train(), drawn)
     assert not torch.allclose(found, loss_of(method, Counting().train(), drawn))
-    penalised = (TRADESTraining, GradAlignTraining, FGSMPGITraining)
+    penalised = (TRADESTraining, GradAlignTraining, FGSMPGITraining, UpdateAlignTraining)
     if not isinstance(method, penalised):
         x = drawn.x if isinstance(method, Standard) else _trained_on(smooth, drawn)
         expected = F.cross_entropy(Counting().train()(x), drawn.y, label_smoothing=0.3)
@@ -514,6 +519,42 @@ def test_the_attacks_are_the_methods_settings() -> None:
     assert PGDTraining(0.2, 0.1, 10).passes == (11, 10, 1)
 
 
+def test_aligned_updates_minimise_what_is_stated() -> None:
+    """The penalty's value and gradient, against central differences of the cosine with g_P held."""
+    drawn = replace(batch(0), x=batch(0).x.double())
+    model = Counting().double().train()
+    model.layers[3] = nn.Softplus()
+    parameters = list(model.parameters())
+    one_step = FGSM(EPS)(model, drawn.x, drawn.y)
+    several = PGD(EPS, EPS / 2, 2, random_start=False)(model, drawn.x, drawn.y)
+
+    def gradient(x: Tensor) -> Tensor:
+        found = torch.autograd.grad(F.cross_entropy(model(x), drawn.y), parameters)
+        return torch.cat([part.flatten() for part in found])
+
+    g_p = gradient(several)
+
+    def expected() -> float:
+        cosine = torch.cosine_similarity(gradient(one_step), g_p, dim=0)
+        return float(F.cross_entropy(model(one_step), drawn.y).detach() + 2 * (1 - cosine))
+
+    method = UpdateAlignTraining(EPS, alignment=2.0)
+    loss = loss_of(method, model, drawn)
+    assert float(loss.detach()) == pytest.approx(expected(), rel=1e-10)
+    found = torch.autograd.grad(loss, parameters)
+    for parameter, slope in zip(parameters, found, strict=True):
+        entry, step = int(slope.abs().argmax()), 1e-5
+        values = []
+        for moved in (step, -step):
+            with torch.no_grad():
+                parameter.view(-1)[entry] += moved
+            values.append(expected())
+            with torch.no_grad():
+                parameter.view(-1)[entry] -= moved
+        difference = (values[0] - values[1]) / (2 * step)
+        assert float(slope.flatten()[entry]) == pytest.approx(difference, rel=1e-5, abs=1e-9)
+
+
 def test_one_cycle_is_torchs() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     torchs = torch.optim.lr_scheduler.OneCycleLR(
@@ -537,6 +578,7 @@ def test_one_cycle_is_torchs() -> None:
         (lambda: FreeTraining(EPS, replays=0), "replays=0 is out of range"),
         (lambda: ZeroGradTraining(EPS, quantile=1.0), "quantile=1.0 is out of range"),
         (lambda: GradAlignTraining(EPS, alignment=0.0), "alignment=0.0 is out of range"),
+        (lambda: UpdateAlignTraining(EPS, alignment=0.0), "alignment=0.0 is out of range"),
         (lambda: TRADESTraining(EPS, EPS, beta=0.0), "beta=0.0 is out of range"),
         (lambda: TRADESTraining(EPS, EPS, num_steps=0), "num_steps=0 is out of range"),
         (lambda: ATTATraining(EPS, reset_epochs=0), "reset_epochs=0 is out of range"),

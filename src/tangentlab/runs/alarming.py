@@ -27,14 +27,16 @@ from tangentlab.training import (
 class Alarming:
     """Looks every ``every`` steps; while the alarm is raised ``instead`` makes the steps, where there is one.
 
-    The weights of the last look before the first alarm are kept as a checkpoint, and the user is told. Where
-    the alarm steers, its cost is the training's. Of several processes the first looks and tells the others.
+    The weights of the last look before the first alarm are kept as a checkpoint, and the user is told. With
+    ``restore`` training goes back to those of the last quiet look whenever the alarm is raised. Where the
+    alarm steers, its cost is the training's. Of several processes the first looks and tells the others.
     """
 
     alarm: OverfittingAlarm
     every: int
     quiet: Controller
     instead: Callable[[int], Method] | None
+    restore: bool
     batch_size: int
     log: Log | None
     fabric: Any
@@ -42,11 +44,13 @@ class Alarming:
     raised: bool | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     kept_at: int = -1
+    good: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, state: TrainingState) -> Method:
         due = state.step % self.every == 0
-        if due and self.log is not None:
-            self._look(state, self.log)
+        returns = due and self.log is not None and self._look(state, self.log)
+        if due and self.restore:
+            self._restore(state, self.fabric.broadcast(self.good if returns else None))
         if self.instead is None:
             return self.quiet(state)
         if due or self.raised is None:
@@ -54,35 +58,49 @@ class Alarming:
         return self.instead(state.step) if self.raised else self.quiet(state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The alarm's, and the weights that are kept until it speaks."""
+        """The alarm's, and the weights that are kept."""
         held = {f"alarm/{name}": tensor for name, tensor in self.alarm.state_dict().items()}
         held |= {f"kept/{name}": tensor for name, tensor in self.kept.items()}
+        held |= {f"good/{name}": tensor for name, tensor in self.good.items()}
         return {**held, "kept_at": torch.tensor(self.kept_at)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state_dict`."""
         self.alarm.load_state_dict(under(state, "alarm/"))
         self.kept, self.kept_at = under(state, "kept/"), int(state["kept_at"])
+        self.good = under(state, "good/")
 
-    def _look(self, state: TrainingState, log: Log) -> None:
+    def _look(self, state: TrainingState, log: Log) -> bool:
+        """Whether training is to go back to the good weights."""
         check_parameters(state)
-        before, silent = self.alarm.cost, self.alarm.spoke_at is None
+        before, silent, quiet = self.alarm.cost, self.alarm.spoke_at is None, not self.alarm.raised
         with timed(state, "probe" if self.instead is None else "steering"):
             raised = self.alarm.update(state.model, state.step)
         if self.instead is not None:
             state.steering += (self.alarm.cost - before) / self.batch_size
         look = self.alarm.looks[-1]
+        returns = self.restore and raised and quiet and bool(self.good)
         said = {"share": look.share, "pooled": look.pooled, "threshold": self.alarm.threshold}
         log.write(
             state.step,
             {f"alarm/{name}": value for name, value in said.items() if value is not None}
-            | {"alarm/raised": raised},
+            | {"alarm/raised": raised}
+            | ({"alarm/restored": returns} if self.restore else {}),
         )
         if silent and raised:
             self._speak(state, log)
         elif silent:
             self.kept = {name: tensor.detach().clone() for name, tensor in judged_weights(state).items()}
             self.kept_at = state.step
+        if self.restore and not raised:
+            self.good = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+        return returns
+
+    def _restore(self, state: TrainingState, good: dict[str, Tensor] | None) -> None:
+        """Take the good weights and buffers, where there are some; momentum begins at zero."""
+        if good is not None:
+            state.model.load_state_dict(good)
+            state.optimizer.state.clear()
 
     def _speak(self, state: TrainingState, log: Log) -> None:
         """Write the weights that were kept, and tell the user."""

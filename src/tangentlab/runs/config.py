@@ -175,12 +175,15 @@ class AlarmConfig:
         size: class-balanced training examples; each look takes a third of them.
         threshold: raised while the update share lies below it, in (0, 1). Of the rule alarm 0.75.
         start: epochs before which looks do not count.
+        restore: whenever it is raised, go back to the weights of the last look at which it was not; momentum
+            begins at zero.
     """
 
     every: float | None = None
     size: int = 60
     threshold: float = THRESHOLD
     start: float = 1.0
+    restore: bool = False
 
     def __post_init__(self) -> None:
         if self.every is not None and not 0 < self.every < math.inf:

@@ -95,6 +95,7 @@ def build_controller(
         every_steps(config.alarm.every, steps_per_epoch),
         controller,
         other if rule == "alarm" else None,
+        config.alarm.restore,
         config.training.batch_size,
         log,
         fabric,

@@ -2,9 +2,10 @@
 
 Asked: arXiv 2312.02236 cures the collapse of single-step training by the kernel's spectrum. Here the alarm
 (tangentlab.OverfittingAlarm) watches what of a PGD update an FGSM step still makes, and while it is raised
-training takes something else: two steps; more noise (N-FGSM); a smaller step; GradAlign's penalty. Against
-the single-step methods that are said not to collapse, and PGD in two steps throughout, which costs 1.4 times
-as much as FGSM.
+training takes something else: two steps, also from the weights before the alarm; more noise (N-FGSM); a
+smaller step; GradAlign's penalty; a penalty on what the alarm watches (update_align). Against the
+single-step methods that are said not to collapse, and PGD in two steps throughout, which costs 1.4 times as
+much as FGSM.
 
 At an eps where FGSM training collapses on most seeds, and at a larger one. Collapse is that of
 tangentlab.metrics.catastrophic_overfitting, by PGD-10 on the validation split; robust accuracy is APGD's on
@@ -89,9 +90,11 @@ def arms(eps: float) -> dict[str, str]:
         "spectral-from-fgsm": "--method=fgsm --switch.rule=alarm",
         "spectral-eager": "--method=spectral --alarm.threshold=0.9",
         "spectral-late": "--method=spectral --alarm.threshold=0.5",
+        "spectral-restore": "--method=spectral --alarm.restore=true",
         "spectral-noise": f"{raised} --switch.to=n_fgsm",
         "spectral-smaller": f"{raised} --switch.to=fgsm_rs --switch.to.step_size={0.5 * eps}",
         "spectral-penalty": f"{raised} --switch.to=grad_align",
+        "spectral-update": f"{raised} --switch.to=update_align --switch.to.alignment=3",
     }
     own = "buffer_updates=[loss]"  # crafting leaves BatchNorm's buffers alone, as in the demo
     return {

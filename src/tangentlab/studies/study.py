@@ -1,8 +1,7 @@
 """A study: runs, what is measured on each of them, and the verdicts on its claims; resumable at every run.
 
 STUDY/config.yaml   name, tier and seeds     STUDY/runs/KEY/   the runs
-STUDY/values.jsonl  raw values, each with its run, method and seed; the first of them packed, if values.jsonl.gz
-                    is there
+STUDY/values.jsonl  raw values, each with its run, method and seed; earlier ones in values.jsonl.gz, if there
 STUDY/study.json    the claims with their verdicts, a function of values.jsonl alone, and the figures to draw
 """
 

@@ -22,6 +22,7 @@ from tangentlab.training.recalibration import recalibrate
 from tangentlab.training.schedules import SCHEDULES
 from tangentlab.training.standard import Standard
 from tangentlab.training.trades import TRADESTraining
+from tangentlab.training.update_align import UpdateAlignTraining
 from tangentlab.training.zero_grad import ZeroGradTraining
 
 METHODS: dict[str, type[Method]] = {
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "zero_grad": ZeroGradTraining,
     "fgsm_pgi": FGSMPGITraining,
     "atta": ATTATraining,
+    "update_align": UpdateAlignTraining,
 }
 """The methods by the name that a configuration calls them."""
 
@@ -62,6 +64,7 @@ __all__ = [
     "StepHook",
     "TRADESTraining",
     "TrainingState",
+    "UpdateAlignTraining",
     "ZeroGradTraining",
     "check_parameters",
     "judged_weights",

@@ -80,7 +80,8 @@ class StepHook(Protocol):
 class Controller(Protocol):
     """Says before each step which method makes it, on every process the same.
 
-    It may look at the state, and leaves no trace on it but what the look cost, in ``steering``.
+    It may look at the state, and leaves no trace on it but what the look cost, in ``steering``, unless it
+    takes training back to earlier weights.
     """
 
     def __call__(self, state: TrainingState) -> Method: ...
