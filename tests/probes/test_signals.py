@@ -138,6 +138,8 @@ def test_the_update_share_is_the_kernels() -> None:
     assert found["update_share"] == pytest.approx(cross / square, rel=1e-10)
     lengths = (inner("one", one, "one", one) * square) ** 0.5
     assert found["update_cosine"] == pytest.approx(cross / lengths, rel=1e-10)
+    of_kernel = inner("several", one, "several", several)
+    assert found["kernel_share"] == pytest.approx(of_kernel / square, rel=1e-10)
     assert update_signals(model, several, several, y)["update_share"] == pytest.approx(1)
 
 

@@ -124,39 +124,70 @@ def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tenso
 
     With g = ∂L/∂θ of the mean loss on either: a small step along −g_F lowers L_P by ⟨g_F, g_P⟩ times its
     size, one along −g_P by ‖g_P‖². In the kernel's words ⟨g_F, g_P⟩ = r_Fᵀ Θ(x_F, x_P) r_P with r = ∂L/∂f.
-    Three passes an example and kind of inputs, and those that crafted them.
+    Those that crafted the inputs not counted, eight passes an example.
 
     update_share         ⟨g_F, g_P⟩ / ‖g_P‖²: of the fall that training on x_P would buy, what x_F's does
     update_cosine        ⟨g_F, g_P⟩ / (‖g_F‖ ‖g_P‖)
+    kernel_share         r_Pᵀ Θ(x_F, x_P) r_P / ‖g_P‖²: the share if the losses' derivatives on x_F were those
+                         on x_P, what the kernel alone leaves of it
 
     {} where a gradient vanishes. Raises KernelError as :func:`update_products`.
     """
-    inner, of_both, square = update_products(model, one_step, several, y)
+    parameters = _trained(model)
+    with modes.evaluation(model), torch.enable_grad():
+        at_one, at_several = model(one_step), model(several)
+        r_one, r_several = (_derivatives(logits, y) for logits in (at_one, at_several))
+        of_one, crossed = (_pulled_back(at_one, r, parameters) for r in (r_one, r_several))
+        of_several = _pulled_back(at_several, r_several, parameters)
+    inner, of_both, square = (
+        _product(*pair) for pair in ((of_one, of_several), (of_one, of_one), (of_several, of_several))
+    )
     if not of_both or not square:
         return {}
-    return {"update_share": inner / square, "update_cosine": inner / math.sqrt(of_both * square)}
+    return {
+        "update_share": inner / square,
+        "update_cosine": inner / math.sqrt(of_both * square),
+        "kernel_share": _product(crossed, of_several) / square,
+    }
 
 
 def update_products(
     model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor
 ) -> tuple[float, float, float]:
-    """⟨g_F, g_P⟩, ‖g_F‖² and ‖g_P‖², as :func:`update_signals` has them.
+    """⟨g_F, g_P⟩, ‖g_F‖² and ‖g_P‖², as :func:`update_signals` has them, in six passes an example.
 
     Raises:
         KernelError: no parameter requires a gradient.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise KernelError("no parameter of the model requires a gradient: a step would change nothing")
+    parameters = _trained(model)
     with modes.evaluation(model), torch.enable_grad():
         of_one, of_several = (
-            torch.autograd.grad(
-                cross_entropies(model(x), y=y).mean(), parameters, allow_unused=True, materialize_grads=True
-            )
-            for x in (one_step, several)
+            _pulled_back(logits, _derivatives(logits, y), parameters)
+            for logits in (model(one_step), model(several))
         )
+    return _product(of_one, of_several), _product(of_one, of_one), _product(of_several, of_several)
 
-    def product(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-        return float(sum((a.double() * b).sum() for a, b in zip(first, second, strict=True)))
 
-    return product(of_one, of_several), product(of_one, of_one), product(of_several, of_several)
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not found:
+        raise KernelError("no parameter of the model requires a gradient: a step would change nothing")
+    return found
+
+
+def _derivatives(logits: Tensor, y: Tensor) -> Tensor:
+    """r = ∂L/∂f [n, C] of the mean cross-entropy."""
+    leaf = logits.detach().requires_grad_(True)
+    (found,) = torch.autograd.grad(cross_entropies(leaf, y=y).mean(), leaf)
+    return found
+
+
+def _pulled_back(logits: Tensor, r: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+    """J(x)ᵀ r, by parameter; the graph stays."""
+    return torch.autograd.grad(
+        logits, parameters, r, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def _product(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    return float(sum((a.double() * b).sum() for a, b in zip(first, second, strict=True)))

@@ -122,6 +122,7 @@ RIVALS = (
 UPDATES = ("update_share", "update_cosine")
 KERNEL = (
     *UPDATES,
+    "kernel_share",
     *(f"{inputs}/{name}" for inputs, name in product(INPUTS, SPECTRUM)),
     *(f"{pair}/{kind}/distance" for pair, kind in product(PAIRS, ("class", "trace"))),
 )
@@ -159,6 +160,7 @@ SIGNED = (
     "gradient_cosine",
     "update_cosine",
     "update_share",
+    "kernel_share",
 )  # may be zero or less: their change is a difference, not a ratio
 
 # --- runs ------------------------------------------------------------------------------------------------
@@ -281,7 +283,8 @@ def _cheap_signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) ->
     with suppress(KernelError):
         seen |= _of_cheap_kernels(model, points, config)
     n = BUDGET // CHEAP_UPDATES["update_share"]
-    seen |= update_signals(model, points["fgsm"][:n], points["pgd"][:n], y[:n])
+    updates = update_signals(model, points["fgsm"][:n], points["pgd"][:n], y[:n])
+    seen |= {name: updates[name] for name in UPDATES if name in updates}
     return {f"cheap/{name}": value for name, value in seen.items()}
 
 
