@@ -72,6 +72,7 @@ def planted(collapse: float | None, seed: int, number: int) -> list[Line]:
     for epoch in range(40):
         noise = 0.01 * ((7 * epoch + 3 * number + seed) % 5)
         parted = collapse is not None and epoch >= collapse - 5
+        fallen = collapse is not None and epoch >= collapse - 2
         bent = collapse is not None and epoch >= collapse + 2
         line = {
             "what": "signals",
@@ -84,6 +85,8 @@ def planted(collapse: float | None, seed: int, number: int) -> list[Line]:
             "cheap/fgsm~pgd": (0.5 if parted else 0.05) + 2 * noise,
             "cheap/pooled_share": (0.3 if parted else 0.9) - noise,
             "cheap/gradient_cosine": (0.2 if bent else 0.9) - noise,
+            "kernel_share": 0.5 if fallen else 1.0,
+            "update_share": 0.4 if fallen else 0.9,
         }
         # Before the watch begins everything is wild.
         lines.append({**line, "fgsm~pgd/class/distance": 9.0} if epoch == 0 else line)
@@ -122,9 +125,11 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
         "deployed": "supported",
         "deployed-false-alarms": "supported",
         "spectrum": "refuted",
+        "kernel-first": "supported",
     }
     assert set(found["in-time"].values) == {1, 3, 5, 7}
     assert found["earlier"].effect == pytest.approx(45)
+    assert found["kernel-first"].effect == pytest.approx(0.5 - 0.8)
 
 
 def test_seeds_that_set_the_threshold_are_not_judged(values: list[Line]) -> None:
@@ -132,12 +137,24 @@ def test_seeds_that_set_the_threshold_are_not_judged(values: list[Line]) -> None
     assert all(verdict.values == {} for verdict in STUDY.judge(even, "here"))
     odd = [line for line in values if line["seed"] % 2]
     judged = [v.claim for v in STUDY.judge(odd, "here") if v.values]
-    assert judged == [overfitting.DEPLOYED, overfitting.DEPLOYED_QUIET]  # whose threshold is the shipped one
-    assert list(STUDY.derive(odd)) == []
+    # Whose threshold is the shipped one, or which have none.
+    assert judged == [overfitting.DEPLOYED, overfitting.DEPLOYED_QUIET, overfitting.KERNEL_FIRST]
+    assert {line["what"] for line in STUDY.derive(odd)} == {"factors"}
+
+
+def test_the_factors_about_a_collapse_are_derived(values: list[Line]) -> None:
+    lines = [line for line in STUDY.derive(values) if line["what"] == "factors" and line["seed"] == 0]
+    by_when = {line["when"]: line for line in lines}
+    assert list(by_when) == ["over 8 before", "4 to 8", "2 to 4", "1 to 2", "the last", "after"]
+    assert by_when["over 8 before"]["derivative_share"] == pytest.approx(0.9)
+    assert by_when["the last"]["derivative_share"] == pytest.approx(0.8)
+    assert by_when["the last"]["kernel_share"] == 0.5
 
 
 def test_what_a_signal_is_worth_is_derived(values: list[Line]) -> None:
-    lines = [line for line in STUDY.derive(values) if line["watch"] == "fgsm~pgd/class/distance, level up"]
+    lines = [
+        line for line in STUDY.derive(values) if line.get("watch") == "fgsm~pgd/class/distance, level up"
+    ]
     assert [line["seed"] for line in lines] == [1, 3, 5, 7]
     for line in lines:
         assert line["family"] == "kernel"
@@ -145,7 +162,7 @@ def test_what_a_signal_is_worth_is_derived(values: list[Line]) -> None:
         assert line["false_alarms"] == 0.0
         assert line["noise"] == 0.0
         assert line["above_noise"] == 1.0
-    rank = [line for line in STUDY.derive(values) if line["watch"] == "clean/entropy_rank, level up"]
+    rank = [line for line in STUDY.derive(values) if line.get("watch") == "clean/entropy_rank, level up"]
     assert all(line["noise"] == pytest.approx(0.2 / 2**0.5) for line in rank)
     assert all(line["above_noise"] == 0.0 for line in rank)
     figure = value_figure(next(f for f in STUDY.figures if f.key == "in-time"), list(STUDY.derive(values)))

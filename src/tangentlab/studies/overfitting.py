@@ -7,7 +7,8 @@ kernels on clean, FGSM and PGD inputs) and the rivals' (tangentlab.probes.linear
 examples; and at every one, named "cheap/...", those of as many examples as BUDGET forward passes pay for,
 with PGD in two steps of eps/2 and kernels of one signed sum of the logits, which are the trace kernel in the
 mean over signs. Of the kernel between FGSM and PGD inputs there is also what the losses' derivatives make of
-it (tangentlab.probes.update_signals), and the shipped alarm's share, which pools three looks at other
+it (tangentlab.probes.update_signals), in two factors: what the kernel alone leaves of the share, and what the
+derivatives leave of that. And the shipped alarm's share, which pools three looks at other
 examples each.
 
 A signal is watched as it is ("level"), as the median of its last three looks ("median") or against that of
@@ -106,6 +107,9 @@ SMOOTHED = 3  # looks whose median is watched
 BEFORE = 8  # looks whose median a change is told from; four at least
 FALSE_ALARMS = 0.05
 LEARNED = 0.15  # robust accuracy, of ten classes
+# Epochs to a collapse, for figures: above so many.
+WHEN = {"over 8 before": 8, "4 to 8": 4, "2 to 4": 2, "1 to 2": 1, "the last": 0}
+AFTER = "after"
 
 INPUTS = ("clean", "fgsm", "pgd")
 PAIRS = ("clean~fgsm", "clean~pgd", "fgsm~pgd")
@@ -412,6 +416,18 @@ class Seen:
         before = [score for time, score in zip(*self.scores(watch), strict=True) if time < self.collapse]
         return before[-1] - median(before) if before else None
 
+    def factors(self) -> Iterator[tuple[float, float, float]]:
+        """(epoch, what the kernel leaves of the update share, what the losses' derivatives leave of that)."""
+        for epoch, line in zip(self.epochs, self.signals, strict=True):
+            if line.get("kernel_share", 0) > 0 and epoch >= WATCHED_FROM:
+                yield epoch, line["kernel_share"], line["update_share"] / line["kernel_share"]
+
+    def kernel_first(self) -> float | None:
+        """At the last look before the collapse, the first factor minus the second."""
+        assert self.collapse is not None
+        before = [kernel - rest for epoch, kernel, rest in self.factors() if epoch < self.collapse]
+        return before[-1] if before else None
+
     def lead(self, chosen: Chosen) -> float:
         """Steps from the alarm to the collapse; 0 where it is silent or late."""
         assert self.collapse is not None
@@ -496,7 +512,14 @@ def _split(values: Sequence[Values]) -> tuple[list[Seen], dict[int, list[Seen]]]
 
 def derive(values: Sequence[Values]) -> Iterator[Values]:
     """For each watch and odd seed: share of collapses it spoke before, lead, false alarms; of a level
-    what it rises by over its noise between sets of examples too."""
+    what it rises by over its noise between sets of examples too. And the share's factors about a collapse."""
+    for run in seen_runs(values):
+        if run.collapse is None:
+            continue
+        for epoch, kernel, rest in run.factors():
+            when = next((name for name, least in WHEN.items() if run.collapse - epoch > least), AFTER)
+            line = {"update_share": kernel * rest, "kernel_share": kernel, "derivative_share": rest}
+            yield {"what": "factors", "seed": run.seed, "method": run.method, "when": when, **line}
     even, odd = _split(values)
     for one in choose(even):
         for seed, runs in odd.items():
@@ -628,6 +651,15 @@ SPECTRUM_ALONE = Claim(
     0.5,
     source=f"{PAPER}, as we read it",
 )
+KERNEL_FIRST = Claim(
+    "overfitting/kernel-first",
+    "Of the update share the kernel's factor goes first: at the last look before the collapse it is below "
+    "that of the losses' derivatives.",
+    "r_Pᵀ Θ(x_F, x_P) r_P / ‖g_P‖² minus the share over it, mean over a seed's collapsing runs",
+    0.0,
+    above=False,
+    source=f"{PAPER}, as we read it",
+)
 CLAIMS = (
     IN_TIME,
     QUIET,
@@ -638,6 +670,7 @@ CLAIMS = (
     DEPLOYED,
     DEPLOYED_QUIET,
     SPECTRUM_ALONE,
+    KERNEL_FIRST,
 )
 SHIPPED = Watch(f"cheap/{POOLED_SHARE}", "level", -1)
 
@@ -672,6 +705,9 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
             effects[DEPLOYED][seed] = worth["in_time"]
         if "false_alarms" in worth:
             effects[DEPLOYED_QUIET][seed] = worth["false_alarms"]
+        firsts = [first for run in runs if run.collapse and (first := run.kernel_first()) is not None]
+        if firsts:
+            effects[KERNEL_FIRST][seed] = fmean(firsts)
     clean = next((one for one in order if one.watch.signal.startswith("clean/")), None)
     if clean is not None:
         worths = {seed: _worth(clean, runs) for seed, runs in odd.items()}
@@ -699,6 +735,20 @@ FIGURES = (
         panels="cost",
         views="y",
         where={"what": "watch"},
+    ),
+    ValueFigure(
+        key="factors",
+        title="What goes first",
+        caption="The update share on the way to a collapse, in epochs, and its two factors: what the kernel "
+        "alone leaves of it, and what the losses' derivatives leave of that.",
+        y=tuple(
+            Quantity(name, "share", name.replace("_", " "))
+            for name in ("update_share", "kernel_share", "derivative_share")
+        ),
+        x="when",
+        colour="y",
+        panels="method",
+        where={"what": "factors"},
     ),
     ValueFigure(
         key="distances",
