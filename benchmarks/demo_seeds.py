@@ -1,4 +1,4 @@
-"""The demo's runs over several seeds: when the kernels parted, when robust accuracy collapsed, what it took.
+"""The demo's runs over several seeds: when the alarm spoke, the kernels parted and robust accuracy collapsed.
 
     python benchmarks/demo_seeds.py results/demo/seeds.json --seeds 10 11 12 13 14 [--methods fgsm]
 
@@ -47,9 +47,11 @@ def main() -> None:
 def row(record: RunRecord, method: str, seed: int, seconds: float) -> dict[str, Any]:
     """What one run shows."""
     (run,), status = subjects([record]), record.status
+    looks = zip(*record.series("alarm/raised"), strict=True)
     return {
         "method": method,
         "seed": seed,
+        "alarm_epoch": next((epoch for epoch, raised in looks if raised), None),
         "kernels_parted_epoch": run.parting,
         "collapse_epoch": run.collapse and run.collapse.epoch,
         "best_robust_accuracy": status["best"]["robust_accuracy"],
