@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from tangentlab.attacks import Passes
 from tangentlab.attacks.threat import check_eps, cross_entropies, project, uniform_start
-from tangentlab.errors import ConfigError
-from tangentlab.training.method import Adversarial, Batch, Memory, Network
+from tangentlab.training.method import Adversarial, Batch, Memory, Network, check_weight
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class GradAlignTraining(Adversarial):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_eps(self.eps)
-        if not 0 < self.alignment < float("inf"):
-            raise ConfigError(f"alignment={self.alignment} is out of range; above 0")
+        check_weight("alignment", self.alignment)
 
     @property
     def crafting_passes(self) -> Passes:

@@ -394,3 +394,9 @@ def check_share(name: str, value: float) -> None:
     """Raise ConfigError unless value is in [0, 1)."""
     if not 0 <= value < 1:
         raise ConfigError(f"{name}={value} is out of range [0, 1)")
+
+
+def check_weight(name: str, value: float) -> None:
+    """Raise ConfigError unless value, of a penalty, is in (0, ∞)."""
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{name}={value} is out of range; above 0")

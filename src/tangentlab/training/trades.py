@@ -12,7 +12,15 @@ from tangentlab import modes
 from tangentlab.attacks import Passes
 from tangentlab.attacks.threat import ascent, crafting, gaussian, project
 from tangentlab.errors import ConfigError
-from tangentlab.training.method import UPDATE, Adversarial, Batch, Memory, Network, check_sizes
+from tangentlab.training.method import (
+    UPDATE,
+    Adversarial,
+    Batch,
+    Memory,
+    Network,
+    check_sizes,
+    check_weight,
+)
 
 # Standard deviation of the start around x, where the divergence and its gradient are zero.
 _START = 0.001
@@ -46,8 +54,7 @@ class TRADESTraining(Adversarial):
         check_sizes(self.eps, self.step_size)
         if self.num_steps < 1:
             raise ConfigError(f"num_steps={self.num_steps} is out of range; at least 1")
-        if not 0 < self.beta < float("inf"):
-            raise ConfigError(f"beta={self.beta} is out of range; above 0")
+        check_weight("beta", self.beta)
         if self.clean_weight:
             raise ConfigError(
                 f"clean_weight={self.clean_weight}: TRADES has a clean term; beta weighs the other"
