@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tangentlab as tl
+from tangentlab.attacks import FGSM, PGD
 from tangentlab.errors import ConfigError, KernelError
 from tangentlab.probes import SignedSum, linearity_signals, update_signals
 
@@ -141,6 +142,21 @@ def test_the_update_share_is_the_kernels() -> None:
     of_kernel = inner("several", one, "several", several)
     assert found["kernel_share"] == pytest.approx(of_kernel / square, rel=1e-10)
     assert update_signals(model, several, several, y)["update_share"] == pytest.approx(1)
+
+
+def test_a_linear_loss_has_an_update_share_of_one() -> None:
+    x, y = points()
+    one_step, several = FGSM(EPS), PGD(EPS, EPS / 2, 2, random_start=False)
+
+    def found(bend: float) -> dict[str, float]:
+        model = Hinge(torch.linspace(-1, 1, 9, dtype=torch.float64), bend=bend)
+        return update_signals(model, one_step(model, x, y), several(model, x, y), y)
+
+    assert all(value == pytest.approx(1) for value in found(0.0).values())
+    # Bent, the inputs part; the loss's derivative by z stays 1, so that it is the kernel's factor alone.
+    bent = found(-1.0)
+    assert bent["kernel_share"] == pytest.approx(bent["update_share"])
+    assert bent["kernel_share"] != pytest.approx(1, abs=1e-3)
 
 
 def test_the_update_share_is_what_a_small_step_does() -> None:
