@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tangentlab.probes import overfitting_alarm
 from tangentlab.report.values import value_figure
 from tangentlab.runs import train
 from tangentlab.runs.parsing import build_method
@@ -49,7 +50,8 @@ def test_a_run_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(TIERS, 0, Tier("digits", words, (0.2, 0.3), 20, 5))
     runs = STUDY.runs(0, [3])
     found = {}
-    for arm in ("spectral", "pgd"):
+    monkeypatch.setattr(overfitting_alarm, "update_products", lambda *_: (0.1, 1.0, 1.0))  # is raised
+    for arm in ("spectral", "pgd", "fgsm"):
         config = runs[f"{arm}-0.2-3"]
         train(config, tmp_path / arm)
         (found[arm],) = STUDY.measure(tmp_path / arm, config)
@@ -59,10 +61,12 @@ def test_a_run_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert 0 <= line["apgd_accuracy"] <= line["clean_accuracy"] <= 1
         assert line["collapse"] is None
     assert found["spectral"]["autoattack_n"] == 5
-    assert 0 <= found["spectral"]["raised"] <= 1
+    assert 0 < found["spectral"]["raised"] < 1
+    assert 0 <= found["fgsm"]["kept_accuracy"] <= 1
+    assert 1 <= found["fgsm"]["kept_epoch"] < 3
     assert found["spectral"]["steering_seconds"] > 0
     assert "autoattack_n" not in found["pgd"]
-    assert "raised" not in found["pgd"]
+    assert not {"raised", "kept_accuracy"} & set(found["pgd"])
 
 
 # arm -> robust accuracy in points, cost, whether it collapses
@@ -99,6 +103,8 @@ def planted(seeds: range, **changed: tuple[float, float, bool]) -> list[Line]:
                 }
                 if arm == "spectral":
                     line["raised"] = 0.1
+                if arm == "fgsm" and eps == 0.2:  # at 0.3 the alarm is silent
+                    line["kept_accuracy"] = line["apgd_accuracy"] + 0.3
                 lines.append(line)
     return lines
 
@@ -117,7 +123,9 @@ def test_verdicts_on_planted_values() -> None:
         "grad-align": "supported",
         "best": "supported",
         "steering": "supported",
+        "kept": "supported",
     }
+    assert found["kept"].effect == pytest.approx(15)
     assert all(set(verdict.values) == {2, 3, 4, 5} for verdict in found.values())  # 0 and 1 chose
     assert found["best"].effect == pytest.approx(1)  # over PGD in two steps; GradAlign costs too much
     assert found["cost"].effect == pytest.approx(54 / 50)

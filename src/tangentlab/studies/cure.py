@@ -28,6 +28,7 @@ from tangentlab import metrics
 from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, evaluate, load_config
+from tangentlab.runs.evaluation import BEFORE_ALARM, checkpoint_path
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, measured
 from tangentlab.studies.study import Study, Values
 
@@ -84,6 +85,7 @@ def arms(eps: float) -> dict[str, str]:
     raised = "--method=fgsm_rs --switch.rule=alarm"
     found = {
         **single,
+        "fgsm": "--method=fgsm --alarm.every=0.25",  # that only watches
         "pgd": "--method=pgd",
         "pgd-2": two_steps,
         SPECTRAL: "--method=spectral",
@@ -130,6 +132,10 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     if arm in FINALISTS:
         found += evaluate(folder, attacks=("autoattack",), checkpoints=("last",), test_size=tier.autoattack)
     judged_by = {line["attack"]: line for line in found}
+    kept = {}
+    if checkpoint_path(folder, BEFORE_ALARM).exists():
+        (line,) = evaluate(folder, attacks=("apgd",), checkpoints=(BEFORE_ALARM,), test_size=tier.points)
+        kept = {"kept_accuracy": line["accuracy"], "kept_epoch": line["epoch"]}
     epochs, robust = record.series("robust_accuracy")
     collapse = metrics.catastrophic_overfitting(epochs, record.series("fgsm_accuracy")[1], robust)
     yield {
@@ -142,6 +148,7 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
         "best_validation_accuracy": max(robust[1:]),
         "last_validation_accuracy": robust[-1],
         "collapse": None if collapse is None else collapse.epoch,
+        **kept,
         "cost": record.status["cost"],
         **{name: record.status[name] for name in ("train_seconds", "steering_seconds")},
         **_raised(record),
@@ -213,7 +220,15 @@ STEERING = Claim(
     0.03,
     above=False,
 )
-CLAIMS = (COLLAPSES, CURED, COST, N_FGSM, GRAD_ALIGN, BEST, STEERING)
+KEPT = Claim(
+    "cure/kept",
+    "Without a cure the alarm still keeps something: where FGSM training collapses, the weights of the look "
+    "before the alarm are more robust than the last ones by more than 10 points.",
+    "robust accuracy before the alarm minus at the end, points, mean over the runs that collapse; 0 where it "
+    "is silent",
+    10.0,
+)
+CLAIMS = (COLLAPSES, CURED, COST, N_FGSM, GRAD_ALIGN, BEST, STEERING, KEPT)
 RIVALS = (*SINGLE_STEP, "pgd-2")
 
 
@@ -262,6 +277,15 @@ class Runs:
             raise KeyError("a rival on other seeds")
         return -self.loses(max(means, key=lambda rival: means[rival]), seed)
 
+    def kept(self, seed: int) -> float:
+        """Robust accuracy of FGSM training before the alarm, over its last."""
+        lines = [self._lines[seed, "fgsm", eps] for eps in self.eps]
+        last = "apgd_accuracy"
+        gains = [line.get("kept_accuracy", line[last]) - line[last] for line in lines if line["collapse"]]
+        if not gains:
+            raise KeyError("no collapse")
+        return 100 * fmean(gains)
+
     def steering(self, seed: int) -> float:
         """Seconds of the looks over those of training, at the lower eps."""
         return self.of(seed, SPECTRAL, "steering_seconds")[0] / self.of(seed, SPECTRAL, "train_seconds")[0]
@@ -278,6 +302,7 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
         GRAD_ALIGN: partial(seen.loses, "grad_align"),
         BEST: seen.beats,
         STEERING: seen.steering,
+        KEPT: seen.kept,
     }
     return [judge(claim, setting, measured(seen.seeds, effects[claim])) for claim in CLAIMS]
 
