@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,7 +126,7 @@ def numbers(epoch: float, updates: dict[str, float], found: dict[str, Eigenvecto
 def draw(seen: dict[str, tuple[float, dict[str, float], dict[str, Eigenvectors]]], path: Path) -> None:
     """A block of TOP columns for each moment, a row for each kind."""
     figure = plt.figure(figsize=(11, 3.6), layout="constrained")
-    blocks = np.atleast_1d(figure.subfigures(1, len(seen)))
+    blocks: Any = figure.subfigures(1, len(seen))
     for block, (name, (epoch, _, found)) in zip(blocks, seen.items(), strict=True):
         block.suptitle(f"{name} (epoch {epoch:g})", fontsize=10)
         axes = block.subplots(len(ROWS), TOP)
