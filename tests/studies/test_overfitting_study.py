@@ -9,9 +9,11 @@ import pytest
 
 from tangentlab.report.values import value_figure
 from tangentlab.runs import train
-from tangentlab.studies import overfitting
+from tangentlab.studies import overfitting, overfitting_signals
 from tangentlab.studies.claims import Verdict
-from tangentlab.studies.overfitting import COSTS, SIGNALS, STUDY, TIERS, Chosen, Seen, Tier, Watch
+from tangentlab.studies.overfitting import STUDY, TIERS, Tier
+from tangentlab.studies.overfitting_signals import COSTS, SIGNALS
+from tangentlab.studies.overfitting_watches import Chosen, Seen, Watch, choose, seen_runs
 from tiny import TINY
 
 Line = dict[str, Any]
@@ -31,8 +33,9 @@ def test_runs_collapse_or_are_controls(tier: int) -> None:
 def test_a_run_is_read_checkpoint_by_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = " ".join(word for word in TINY if not word.startswith(("--method", "--probe")))
     monkeypatch.setitem(TIERS, 0, Tier("digits", words, (0.2,)))
-    monkeypatch.setattr(overfitting, "PROBED", 20)
-    monkeypatch.setattr(overfitting, "BUDGET", 60)
+    for module in (overfitting, overfitting_signals):
+        monkeypatch.setattr(module, "PROBED", 20)
+        monkeypatch.setattr(module, "BUDGET", 60)
     monkeypatch.setattr(overfitting, "AGAIN", 2)
     config = STUDY.runs(0, [1])["fgsm-0.2-1"]
     train(config, tmp_path / "run")
@@ -104,8 +107,8 @@ def values() -> list[Line]:
 
 
 def test_the_signal_that_leads_is_chosen(values: list[Line]) -> None:
-    even = [run for run in overfitting.seen_runs(values) if run.seed % 2 == 0]
-    best = overfitting.choose(even)[0]
+    even = [run for run in seen_runs(values) if run.seed % 2 == 0]
+    best = choose(even)[0]
     assert best.watch.signal == "fgsm~pgd/class/distance"
     assert best.watch.sign == 1
     assert best.in_time == 1
@@ -196,7 +199,7 @@ def test_a_run_that_lies_above_from_the_start_is_not_warned_of() -> None:
 def test_runs_that_never_learned_are_left_out() -> None:
     dead = planted(None, 0, 1)
     dead[0]["best_robust_accuracy"] = 0.1
-    assert overfitting.seen_runs(dead) == []
+    assert seen_runs(dead) == []
 
 
 def test_a_threshold_lets_few_of_the_quiet_single_step_runs_speak() -> None:
@@ -210,6 +213,6 @@ def test_a_threshold_lets_few_of_the_quiet_single_step_runs_speak() -> None:
         for line in quiet:
             line["run"] = f"fgsm-30-{seed}"
         found += [{**line, "gradient_norm": 3.0 if line.get("epoch", 0) > 20 else 1.0} for line in quiet]
-    chosen = overfitting.choose(overfitting.seen_runs(found))
+    chosen = choose(seen_runs(found))
     limit = next(one.threshold for one in chosen if str(one.watch) == "gradient_norm, level up")
     assert limit == 3.0

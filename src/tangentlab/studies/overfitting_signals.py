@@ -1,0 +1,211 @@
+"""What the study of catastrophic overfitting takes of a network at one checkpoint, by name.
+
+In full, on PROBED examples: the kernel's signals (spectrum and distances of the class kernels on clean, FGSM
+and PGD inputs) and the rivals' (tangentlab.probes.linearity_signals). Of the kernel between FGSM and PGD
+inputs also what the losses' derivatives make of it (tangentlab.probes.update_signals), in two factors: what
+the kernel alone leaves of the share, and what the derivatives leave of that.
+
+Cheap, named "cheap/...": those of as many examples as BUDGET forward passes pay for, with PGD in two steps of
+eps/2 and kernels of one signed sum of the logits, which are the trace kernel in the mean over signs. And the
+shipped alarm's share, which pools three looks at other examples each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tangentlab import metrics, modes, randomness
+from tangentlab.attacks import FGSM, PGD, Attack
+from tangentlab.attacks.threat import cross_entropies, uniform_start
+from tangentlab.errors import KernelError
+from tangentlab.kernels import ntk
+from tangentlab.probes import (
+    KernelProbe,
+    OverfittingAlarm,
+    SignedSum,
+    fgsm_pgd_gap,
+    gradient_signals,
+    linearity_error,
+    linearity_signals,
+    update_signals,
+)
+from tangentlab.probes.overfitting_alarm import POOLED
+from tangentlab.runs import RunConfig
+from tangentlab.runs.build import build_attack
+
+PROBED = 64  # class-balanced training examples
+BUDGET = 250  # forward passes of a cheap look: at eight looks an epoch 2 % of FGSM training on 20,000 images
+INPUTS = ("clean", "fgsm", "pgd")
+PAIRS = ("clean~fgsm", "clean~pgd", "fgsm~pgd")
+SPECTRUM = ("entropy_rank", "participation_ratio", "intrinsic_dimension", "top_mass", "top_eigenvalue")
+RIVALS = (
+    "fgsm_pgd_gap",
+    "loss_ratio",
+    "gradient_cosine",
+    "linearity_error",
+    "gradient_norm",
+    "input_entropy_rank",
+    "input_top_mass",
+)
+UPDATES = ("update_share", "update_cosine")
+KERNEL = (
+    *UPDATES,
+    "kernel_share",
+    *(f"{inputs}/{name}" for inputs, name in product(INPUTS, SPECTRUM)),
+    *(f"{pair}/{kind}/distance" for pair, kind in product(PAIRS, ("class", "trace"))),
+)
+# Of a cheap look: forward equivalents an example.
+CRAFTING = {"clean": 0, "noise": 0, "fgsm": 2, "pgd": 4}
+GRADIENT = 3  # forward, and backward to the parameters
+CHEAP_SPECTRUM = {inputs: CRAFTING[inputs] + GRADIENT for inputs in ("clean", "fgsm")}
+CHEAP_PAIRS = {
+    f"{a}~{b}": CRAFTING[a] + CRAFTING[b] + 2 * GRADIENT
+    for a, b in (("clean", "noise"), ("clean", "fgsm"), ("noise", "fgsm"), ("clean", "pgd"), ("fgsm", "pgd"))
+}
+POOLED_SHARE, POOLED_RATIO = "pooled_share", "pooled_loss_ratio"  # of three looks at other examples each
+CHEAP_UPDATES = dict.fromkeys(UPDATES, CHEAP_PAIRS["fgsm~pgd"])
+CHEAP_RIVALS = {
+    "fgsm_pgd_gap": 24,
+    "fgsm_pgd2_gap": 8,
+    "loss_ratio": 8,
+    POOLED_RATIO: 8,
+    "gradient_cosine": 4,
+    "linearity_error": 3,
+    "gradient_norm": 2,
+    "input_entropy_rank": 2,
+    "input_top_mass": 2,
+}
+COSTS = {
+    **{f"cheap/{inputs}/{name}": cost for (inputs, cost) in CHEAP_SPECTRUM.items() for name in SPECTRUM},
+    **{f"cheap/{pair}": cost for pair, cost in (CHEAP_PAIRS | CHEAP_UPDATES).items()},
+    f"cheap/{POOLED_SHARE}": CHEAP_PAIRS["fgsm~pgd"],
+    **{f"cheap/{name}": cost for name, cost in CHEAP_RIVALS.items()},
+}
+SIGNALS = (*KERNEL, *RIVALS, *COSTS)
+
+
+class PooledSignals:
+    """The shipped alarm's share, and the losses' ratio pooled in the same way."""
+
+    def __init__(self, x: Tensor, y: Tensor, config: RunConfig) -> None:
+        n = POOLED * (BUDGET // COSTS[f"cheap/{POOLED_SHARE}"])
+        self.alarm = OverfittingAlarm(x[:n], y[:n], eps=config.eps)
+        n = POOLED * (BUDGET // CHEAP_RIVALS[POOLED_RATIO])
+        self.parts = list(zip(x[:n].tensor_split(POOLED), y[:n].tensor_split(POOLED), strict=True))
+        self.losses: list[tuple[float, float]] = []
+        self.config = config
+
+    def look(self, model: nn.Module, step: int) -> dict[str, float]:
+        self.alarm.update(model, step)
+        points = self.parts[(len(self.alarm.looks) - 1) % POOLED]
+        inputs = _inputs(model, *points, self.config)
+        self.losses = [*self.losses, _losses(model, inputs["fgsm"], inputs["pgd"], points[1])][-POOLED:]
+        found = {}
+        if (share := self.alarm.looks[-1].pooled) is not None:
+            found[f"cheap/{POOLED_SHARE}"] = share
+        if len(self.losses) == POOLED:
+            of_one, of_several = map(sum, zip(*self.losses, strict=True))
+            found[f"cheap/{POOLED_RATIO}"] = of_several / of_one
+        return found
+
+
+def full_signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> dict[str, float]:
+    """Those on PROBED examples, by name."""
+    x, y = x[:PROBED], y[:PROBED]
+    attacks: dict[str, Attack] = {"fgsm": FGSM(config.eps), "pgd": build_attack(config, num_steps=10)}
+    probe = KernelProbe(x, y, inputs={"clean": None, **attacks}, seed=config.seed)
+    seen = linearity_signals(model, x, y, eps=config.eps, seed=config.seed)
+    with modes.evaluation(model):
+        noise = randomness.generator(config.seed, "full")
+        one_step, several = (attack(model, x, y, generator=noise) for attack in attacks.values())
+    of_one, of_several = _losses(model, one_step, several, y)
+    seen["loss_ratio"] = of_several / of_one
+    seen |= update_signals(model, one_step, several, y)
+    with suppress(KernelError):  # a network that has died has no kernel: its other signals remain
+        seen |= _of_kernels(probe.measure(model, 0).values)
+    return seen
+
+
+def cheap_signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> dict[str, float]:
+    """Those of BUDGET passes each, by name."""
+    eps, seed = config.eps, config.seed
+
+    def few(name: str) -> tuple[Tensor, Tensor]:
+        n = BUDGET // CHEAP_RIVALS[name]
+        return x[:n], y[:n]
+
+    seen = {
+        **gradient_signals(model, *few("gradient_norm"), eps=eps, seed=seed),
+        "fgsm_pgd_gap": fgsm_pgd_gap(model, *few("fgsm_pgd_gap"), eps=eps, seed=seed),
+        "fgsm_pgd2_gap": fgsm_pgd_gap(model, *few("fgsm_pgd2_gap"), eps=eps, num_steps=2, seed=seed),
+        "linearity_error": linearity_error(model, *few("linearity_error"), eps=eps, seed=seed),
+    }
+    of_fewer = gradient_signals(model, *few("gradient_cosine"), eps=eps, seed=seed)
+    seen["gradient_cosine"] = of_fewer["gradient_cosine"]
+    points = _inputs(model, *few("gradient_norm"), config)
+    n = BUDGET // CHEAP_RIVALS["loss_ratio"]
+    of_one, of_several = _losses(model, points["fgsm"][:n], points["pgd"][:n], y[:n])
+    seen["loss_ratio"] = of_several / of_one
+    with suppress(KernelError):
+        seen |= _of_cheap_kernels(model, points, config)
+    n = BUDGET // CHEAP_UPDATES["update_share"]
+    updates = update_signals(model, points["fgsm"][:n], points["pgd"][:n], y[:n])
+    seen |= {name: updates[name] for name in UPDATES if name in updates}
+    return {f"cheap/{name}": value for name, value in seen.items()}
+
+
+def _inputs(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> dict[str, Tensor]:
+    noise = randomness.generator(config.seed, "cheap")
+    with modes.evaluation(model):
+        return {
+            "clean": x,
+            "noise": uniform_start(x, config.eps, noise),
+            "fgsm": FGSM(config.eps)(model, x, y),
+            "pgd": PGD(config.eps, config.eps / 2, 2, random_start=False)(model, x, y),
+        }
+
+
+def _losses(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> tuple[float, float]:
+    """The mean loss on FGSM inputs, and on PGD inputs."""
+    with modes.evaluation(model), torch.no_grad():
+        of_one, of_several = (float(cross_entropies(model(x), y=y).mean()) for x in (one_step, several))
+    return of_one, of_several
+
+
+def _of_cheap_kernels(model: nn.Module, points: Mapping[str, Tensor], config: RunConfig) -> dict[str, float]:
+    """Distances and spectra, of a prefix of the examples each."""
+    signed = SignedSum(model, seed=config.seed)
+    most = BUDGET // GRADIENT
+    kernels = {name: ntk(signed, inputs[:most]).double() for name, inputs in points.items()}
+    found: dict[str, float] = {}
+    for inputs, cost in CHEAP_SPECTRUM.items():
+        spectrum = metrics.spectrum(kernels[inputs][: BUDGET // cost, : BUDGET // cost])
+        values = {
+            "entropy_rank": spectrum.entropy_rank,
+            "participation_ratio": spectrum.participation_ratio,
+            "intrinsic_dimension": spectrum.intrinsic_dimension,
+            "top_mass": spectrum.top_mass(min(10, BUDGET // cost)),
+            "top_eigenvalue": spectrum.values[0],
+        }
+        found |= {f"{inputs}/{name}": float(values[name]) for name in SPECTRUM}
+    for pair, cost in CHEAP_PAIRS.items():
+        a, b = (kernels[name][: BUDGET // cost, : BUDGET // cost] for name in pair.split("~"))
+        found[pair] = float(metrics.kernel_distance(a, b))
+    return found
+
+
+def _of_kernels(values: Mapping[str, Any]) -> dict[str, float]:
+    found = {}
+    for inputs, name in product(INPUTS, SPECTRUM):
+        at = f"kernel/{inputs}/class"
+        value = values[f"{at}/top_eigenvalues"][0] if name == "top_eigenvalue" else values[f"{at}/{name}"]
+        found[f"{inputs}/{name}"] = value
+    for pair, kind in product(PAIRS, ("class", "trace")):
+        found[f"{pair}/{kind}/distance"] = values[f"kernel/{pair}/{kind}/distance"]
+    return found
