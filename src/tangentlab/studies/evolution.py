@@ -197,8 +197,8 @@ WORDS: Mapping[int, Mapping[Place, str]] = {
     },
     2: {
         "images": "--channels_last=true --data.validation_size=300 --evaluation.test_num_steps=20 "
-        "--evaluation.test_size=500 --probe.size=30 --training.epochs=16 --training.keep_every=8",
-        "few": "--data.train_size=1000 --training.epochs=178 --training.keep_every=89 "
+        "--evaluation.test_size=500 --probe.size=30 --training.keep_every=7.5",
+        "few": "--data.train_size=1000 --training.epochs=167 --training.keep_every=83.5 "
         "--evaluation.every=11.14 --probe.every=11.14",
     },
 }
