@@ -158,6 +158,22 @@ def test_categories_that_are_numbers_ascend() -> None:
     assert panel.dots[0].interval is None
 
 
+def test_an_axis_of_dots_has_room_for_its_name_and_its_powers() -> None:
+    name = "kernel distance between clean and PGD inputs"
+    lines = [{"method": "pgd", "seed": seed, "layer": "stem", "y": 10.0**-seed} for seed in range(5)]
+    declared = ValueFigure("layers", "Layers", "", (Quantity("y", name, log=True),), x="layer")
+
+    def axis(*, seeds: int) -> dict[str, Any]:
+        found: dict[str, Any] = specifications(value_figure(declared, lines[:seeds]))[0][0]["layout"]["xaxis"]
+        return found
+
+    text = axis(seeds=5)["title"]["text"].split("<br>")
+    assert " ".join(text) == name
+    assert all(len(part) <= 32 for part in text)
+    assert axis(seeds=5)["dtick"] == 1
+    assert axis(seeds=1)["ticktext"] == ["0.5", "1", "2"]
+
+
 def test_a_declaration_says_what_it_leaves_open() -> None:
     with pytest.raises(ConfigError, match=r"figure key '\.\./x' cannot name a file"):
         replace(GAP, key="../x")

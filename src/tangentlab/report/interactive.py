@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from typing import Any
 
 from tangentlab.report.figure import (
@@ -38,6 +39,7 @@ _FONT = '"Helvetica Neue", "Segoe UI", "Liberation Sans", Arial, sans-serif'
 # A stage narrower than this part of the axis has no room for its name.
 _ROOM_FOR_LABEL = 0.16
 _ROW = 15  # pixels that a row of labels above the plot takes
+_NAME = 32  # letters of an axis's name that a narrow panel has room for
 
 
 def specifications(figure: Figure) -> list[list[Spec]]:
@@ -73,12 +75,7 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
     layout = _layout(panel.x_axis, panel.y_axis, top=8 + _ROW * rows)
     layout["xaxis"]["range"] = [math.log10(low), math.log10(high)] if panel.x_axis.log else [low, high]
     if panel.y_axis.log:
-        ticks = log_ticks(*y_range)
-        # plotly draws powers larger than other labels.
-        powers = {"dtick": 1, "exponentformat": "power", "tickfont": {"size": 10}}
-        layout["yaxis"] |= (
-            {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]} if ticks else powers
-        )
+        layout["yaxis"] |= _log_ticks(*y_range)
         y_range = [math.log10(y) for y in y_range]
     layout["yaxis"]["range"] = y_range
     if any(line.labels for line in panel.lines):
@@ -185,6 +182,11 @@ def _dots(figure: Figure, panel: DotPanel) -> Spec:
     limits = dot_limits(figure, panel)
     layout = _layout(panel.x_axis, panel.y_axis, top=8)
     layout["xaxis"] |= {"range": [math.log10(x) for x in limits] if panel.x_axis.log else list(limits)}
+    # A narrow panel has no room for a long name, and plotly cuts it off.
+    layout["xaxis"]["title"]["text"] = "<br>".join(textwrap.wrap(panel.x_axis.label, _NAME))
+    layout["xaxis"]["automargin"] = True
+    if panel.x_axis.log:
+        layout["xaxis"] |= _log_ticks(*limits)
     if panel.x_axis.percent:
         layout["xaxis"]["tickformat"] = ".3~%"
     rows = len(panel.categories)
@@ -318,6 +320,13 @@ def _axis(axis: Axis) -> Spec:
     if axis.percent:
         spec |= {"tickformat": ".0%"}
     return spec
+
+
+def _log_ticks(low: float, high: float) -> Spec:
+    if ticks := log_ticks(low, high):
+        return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    # plotly draws powers larger than other labels.
+    return {"dtick": 1, "exponentformat": "power", "tickfont": {"size": 10}}
 
 
 def _rounded(value: float) -> float | None:
