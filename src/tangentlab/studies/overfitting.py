@@ -85,8 +85,10 @@ TIERS = {
     0: Tier("digits", "", (0.2, 0.28, 0.34)),
     1: Tier(
         "fashion-mnist",
-        "--training.epochs=10 --training.batch_size=64 --training.schedule=constant --channels_last=true",
-        (0.1, 0.15, 0.2),
+        # At a rate of 0.1 networks die or hardly learn; from eps 0.25 on they collapse in the first epoch.
+        "--training.epochs=10 --training.batch_size=64 --training.schedule=constant "
+        "--training.learning_rate=0.02 --channels_last=true",
+        (0.15, 0.2, 0.22),
     ),
     2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), ("pgd",), ("fgsm",)),
 }
