@@ -69,15 +69,11 @@ def _panel(figure: Figure, panel: Panel) -> Spec:
 
 def _lines(figure: Figure, panel: LinePanel) -> Spec:
     low, high = x_limits(figure, panel)
-    y_range = list(y_limits(figure, panel))
     labelled = [span for span in panel.spans if span.end - span.start >= _ROOM_FOR_LABEL * (high - low)]
     rows = max(_label_rows(p) for p in figure.panels if isinstance(p, LinePanel))
     layout = _layout(panel.x_axis, panel.y_axis, top=8 + _ROW * rows)
-    layout["xaxis"]["range"] = [math.log10(low), math.log10(high)] if panel.x_axis.log else [low, high]
-    if panel.y_axis.log:
-        layout["yaxis"] |= _log_ticks(*y_range)
-        y_range = [math.log10(y) for y in y_range]
-    layout["yaxis"]["range"] = y_range
+    layout["xaxis"] |= _range(panel.x_axis, low, high)
+    layout["yaxis"] |= _range(panel.y_axis, *y_limits(figure, panel))
     if any(line.labels for line in panel.lines):
         layout["hovermode"] = "closest"
     else:
@@ -179,14 +175,11 @@ def _label(text: str, x: float, row: int, colour: str, anchor: str) -> Spec:
 
 
 def _dots(figure: Figure, panel: DotPanel) -> Spec:
-    limits = dot_limits(figure, panel)
     layout = _layout(panel.x_axis, panel.y_axis, top=8)
-    layout["xaxis"] |= {"range": [math.log10(x) for x in limits] if panel.x_axis.log else list(limits)}
+    layout["xaxis"] |= _range(panel.x_axis, *dot_limits(figure, panel))
     # A narrow panel has no room for a long name, and plotly cuts it off.
     layout["xaxis"]["title"]["text"] = "<br>".join(textwrap.wrap(panel.x_axis.label, _NAME))
     layout["xaxis"]["automargin"] = True
-    if panel.x_axis.log:
-        layout["xaxis"] |= _log_ticks(*limits)
     if panel.x_axis.percent:
         layout["xaxis"]["tickformat"] = ".3~%"
     rows = len(panel.categories)
@@ -322,11 +315,15 @@ def _axis(axis: Axis) -> Spec:
     return spec
 
 
-def _log_ticks(low: float, high: float) -> Spec:
+def _range(axis: Axis, low: float, high: float) -> Spec:
+    """The axis's limits, and ticks that a narrow panel has room for where it is logarithmic."""
+    if not axis.log:
+        return {"range": [low, high]}
+    spec: Spec = {"range": [math.log10(low), math.log10(high)]}
     if ticks := log_ticks(low, high):
-        return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+        return spec | {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     # plotly draws powers larger than other labels.
-    return {"dtick": 1, "exponentformat": "power", "tickfont": {"size": 10}}
+    return spec | {"dtick": 1, "exponentformat": "power", "tickfont": {"size": 10}}
 
 
 def _rounded(value: float) -> float | None:

@@ -29,6 +29,7 @@ from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, evaluate, load_config
 from tangentlab.runs.evaluation import BEFORE_ALARM, checkpoint_path
+from tangentlab.studies import overfitting
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, measured
 from tangentlab.studies.study import Study, Values
 
@@ -39,7 +40,7 @@ class Tier:
 
     Args:
         config: a shipped configuration.
-        words: overrides of it.
+        words: overrides of it, those of the study of overfitting.
         eps: where FGSM collapses on most seeds, and more: 1.5 times as much, unless no method learns anything
             there (digits).
         points: first test points for APGD.
@@ -60,17 +61,15 @@ COMMON = (
     "--evaluation.test_num_steps=10 --evaluation.test_size=200"
 )
 TIERS = {
-    0: Tier("digits", "", (0.28, 0.34), 360, 50),
+    0: Tier("digits", overfitting.TIERS[0].words, (0.28, 0.34), 360, 50),
     1: Tier(
         "fashion-mnist",
-        # At a rate of 0.1 networks die or hardly learn; from eps 0.25 on they collapse in the first epoch.
-        "--training.epochs=10 --training.batch_size=64 --training.schedule=constant "
-        "--training.learning_rate=0.02 --channels_last=true",
+        overfitting.TIERS[1].words,
         (0.22, 0.3),
         1000,
         200,
     ),
-    2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255, 24 / 255), 500, 100, whole=False),
+    2: Tier("cifar10-narrow", overfitting.TIERS[2].words, (16 / 255, 24 / 255), 500, 100, whole=False),
 }
 TUNING_SEEDS = (0, 1)
 
