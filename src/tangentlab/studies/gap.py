@@ -56,7 +56,7 @@ _TIERS: Mapping[int, tuple[str, int, tuple[str, ...], tuple[str, ...]]] = {
     1: ("fashion-mnist", 15, ("--method.num_steps=10",), ()),
     2: (
         "cifar10-narrow",
-        10,
+        15,
         ("--method.num_steps=3", "--method.step_size=4/255"),
         ("--channels_last=true",),
     ),
