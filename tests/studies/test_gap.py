@@ -12,6 +12,7 @@ import torch
 
 from tangentlab import modes
 from tangentlab.probes import output_change
+from tangentlab.records import read_run
 from tangentlab.runs import RunConfig, train
 from tangentlab.runs.again import train_again
 from tangentlab.runs.build import build_data, build_model, build_state
@@ -51,7 +52,8 @@ def test_a_run_is_measured(tiny: Callable[..., tuple[RunConfig, Path]]) -> None:
     config, folder = tiny("--training.epochs=2")
     lines = list(gap.measure(folder, config))
     assert [line["epoch"] for line in lines] == [0, 1, 2]
-    assert {line["stage"] for line in lines} == {"unclear"}
+    assert {line["arm"] for line in lines} == {"pgd"}
+    assert not any("velocity" in line for line in lines)
     for line in lines:
         assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
         at = "gap/clean/mixed"
@@ -69,15 +71,27 @@ def test_a_run_is_measured(tiny: Callable[..., tuple[RunConfig, Path]]) -> None:
     assert "scale/20/values" not in lines[0]
 
 
+def test_the_velocity_is_the_probes(tiny: Callable[..., tuple[RunConfig, Path]]) -> None:
+    _, folder = tiny("--training.epochs=2", "--probe.size=10", "--probe.every=1")
+    epochs, (first, second) = read_run(folder).series("kernel/clean/class/angle_velocity")
+    assert epochs == [1, 2]
+    assert first != second
+    at = gap._velocities(folder)
+    assert [at(epoch)["velocity"] for epoch in (0, 1, 2)] == [first, first, second]
+    assert at(3) == {}
+
+
 def test_trades_has_two_terms(tiny: Callable[..., tuple[RunConfig, Path]]) -> None:
     config, folder = tiny("--method=trades", "--method.num_steps=2", "--training.epochs=1")
     (line, *_) = gap.measure(folder, config)
     # At the start the divergence hardly pulls against the clean term's direction: neither is all of it.
     assert 0.01 < line["change/1/batch/clean/crafted_term"] < 100
     assert abs(line["change/1/batch/clean/terms_cosine"]) < 0.999
-    assert line["change/1/batch/clean/frozen/cosine"] == pytest.approx(
-        line["change/1/batch/clean/tangent/cosine"], abs=1e-3
-    )
+    # Both terms, each on its batch, make the step: in direction and in size.
+    for name in ("cosine", "relative_error"):
+        assert line[f"change/1/batch/clean/frozen/{name}"] == pytest.approx(
+            line[f"change/1/batch/clean/tangent/{name}"], abs=1e-3
+        )
 
 
 def test_training_goes_on_as_the_run_did(tiny: Callable[..., tuple[RunConfig, Path]]) -> None:
@@ -104,7 +118,7 @@ def test_training_goes_on_as_the_run_did(tiny: Callable[..., tuple[RunConfig, Pa
 
 
 def planted(**changed: float) -> list[dict[str, Any]]:
-    """Values of two checkpoints and five methods for three seeds, under which every claim holds."""
+    """Values of three checkpoints of every arm for three seeds, under which every claim holds."""
     line: dict[str, Any] = {
         "gap/pgd/batch/relative_error": 0.5,
         "gap/clean/batch/relative_error": 0.3,
@@ -119,8 +133,8 @@ def planted(**changed: float) -> list[dict[str, Any]]:
     } | changed
     cosines = {0: 0.2, 3: 0.4, 9: 0.9}
     return [
-        line | {"method": method, "seed": seed, "step": step, "change/20/batch/pgd/frozen/cosine": cosine}
-        for method in gap.METHODS
+        line | {"arm": arm, "seed": seed, "step": step, "change/20/batch/pgd/frozen/cosine": cosine}
+        for arm in gap.ARMS
         for seed in range(3)
         for step, cosine in cosines.items()
     ]
@@ -165,17 +179,27 @@ def test_the_claims_follow_from_the_values() -> None:
 
 @pytest.mark.usefixtures("full_size")
 def test_a_claim_waits_for_the_runs_that_it_needs() -> None:
-    some = [line for line in planted() if line["method"] != "trades" or line["seed"] == 0]
+    some = [line for line in planted() if line["arm"] != "trades" or line["seed"] == 0]
     seeds = {v.claim.id: list(v.values) for v in gap.judged(some, "here")}
     assert seeds.pop("gap/derivative") == [0]
     assert set(map(tuple, seeds.values())) == {(0, 1, 2)}
 
 
 @pytest.mark.usefixtures("full_size")
+def test_lazy_is_judged_where_the_rate_does_not_fall() -> None:
+    lines = planted()
+    for line in lines:
+        if line["arm"] == "pgd-constant":
+            line["change/20/batch/pgd/frozen/cosine"] = 0.4
+    (lazy,) = (v for v in gap.judged(lines, "here") if v.claim.id == "gap/lazy")
+    assert (lazy.effect, lazy.verdict) == (0, "refuted")
+
+
+@pytest.mark.usefixtures("full_size")
 def test_a_network_that_died_is_left_out() -> None:
     lines = planted()
     for line in lines:
-        if (line["method"], line["seed"]) == ("n_fgsm", 1) and line["step"]:
+        if (line["arm"], line["seed"]) == ("n_fgsm", 1) and line["step"]:
             line |= {name: 0.0 for name in line if name.startswith("gap/")}
     found = {verdict.claim.id.partition("/")[2]: verdict for verdict in gap.STUDY.judge(lines, "here")}
     assert set(found["derivative"].values) == {0, 2}
@@ -185,7 +209,9 @@ def test_a_network_that_died_is_left_out() -> None:
 def test_the_runs_are_those_of_the_tiers() -> None:
     for tier in (0, 1, 2):
         configs = gap.runs(tier, [0])
-        assert set(configs) == {f"{method}-0" for method in gap.METHODS}
+        assert set(configs) == {f"{arm}-0" for arm in gap.ARMS}
+        assert {config.name for config in configs.values()} == set(gap.ARMS)
+        assert configs["pgd-constant-0"].training.schedule == "constant"
         assert {config.threads for config in configs.values()} == {1}
         for config in configs.values():
             assert config.training.keep_every == 1

@@ -586,7 +586,7 @@ EFFECTS: Mapping[str, Callable[[Sequence[Values]], float | None]] = {
 
 _OF_A_KERNEL = (
     Quantity("distance_from_first", "kernel distance from the first"),
-    Quantity("angle_velocity", "angle per epoch, rad", log=True),
+    Quantity("angle_velocity", "angle per step, rad", log=True),
     Quantity("angle_per_learning_rate", "angle per summed learning rate, rad", log=True),
     Quantity("entropy_rank", "entropy rank"),
     Quantity("top_mass", "top mass", percent=True),

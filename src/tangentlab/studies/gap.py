@@ -2,13 +2,16 @@
 
 Question: along standard, FGSM, N-FGSM, PGD and TRADES training, how far are the running, the batch and the
 mixed kernel apart, why, and does the kernel predict what a step, or twenty, do to the network? docs/theory.md
-has the theory. From every kept checkpoint the run's own training goes on for some steps, and what it did is
-compared with what was predicted, in float64.
+has the theory. From checkpoints before training, after the first epoch, before each fall of a stepwise
+learning rate and at the end the run's own training goes on for some steps, and what it did is compared with
+what was predicted, in float64. PGD training at a constant rate is the control: a smaller step is predicted
+better, whether the kernel is lazy or not.
 
 Values of a line (a checkpoint): ``gap/INPUTS/KERNEL/...`` on the first rows of a batch of training examples,
 clean or crafted by PGD-10, relative to ‖Θ_KERNEL‖; ``change/STEPS/MODE/INPUTS/PREDICTION/...`` on validation
 examples, the network in evaluation mode or on the statistics of these examples as one batch; ``scale/...``
-the mixed kernel's parts against the batch size, at the last checkpoint of the runs in SCALED.
+the mixed kernel's parts against the batch size, at the last checkpoint of the arms in SCALED;
+``velocity``, how fast the run's own kernel turns there: stages of a single run could seldom be established.
 
 Predictions: ``tangent`` J Δθ + (∂f/∂s) Δs with the changes as they were; ``no_drift`` without the buffers;
 ``settled`` with the buffers' drift taken in full, f(θ, s₊) − f(θ, s) + J(θ, s₊) Δθ; ``frozen`` likewise, with
@@ -32,7 +35,6 @@ from tangentlab import data, metrics, modes, randomness
 from tangentlab.kernels import kernel_gap, pullback, sgd_change, tangent_change
 from tangentlab.probes import OutputChange, adversarial_change, drift_only, output_change
 from tangentlab.records import read_run
-from tangentlab.report.subject import Subject
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.again import LossTerm, Repeated, train_again
@@ -43,6 +45,9 @@ from tangentlab.studies.study import Study
 from tangentlab.training import load_weights
 
 METHODS = ("standard", "fgsm", "n_fgsm", "pgd", "trades")
+CONTROL = "pgd-constant"
+# Arm -> method and schedule.
+ARMS = {method: (method, "piecewise") for method in METHODS} | {CONTROL: ("pgd", "constant")}
 SCALED = ("standard", "pgd")
 ROWS = 10  # class-balanced examples that have kernels, in a batch of the training's size
 POINTS = 50  # validation examples on which changes are predicted
@@ -63,9 +68,8 @@ _TIERS: Mapping[int, tuple[str, int, tuple[str, ...], tuple[str, ...]]] = {
 }
 _SETTINGS = [
     "--training.batch_size=64",
-    "--training.schedule=piecewise",
     "--training.keep_every=1",
-    "--probe.every=0.25",  # stages are looked for in the curve
+    "--probe.every=0.25",
     "--probe.size=40",
     "--evaluation.every=5",
     "--evaluation.num_steps=10",
@@ -94,7 +98,8 @@ DERIVATIVE = Claim(
     "gap/derivative",
     "The derivative through the statistics makes a larger part of the mixed kernel's gap than their values: "
     "more than 1 times, under each of the five methods.",
-    "smallest over the methods of ‖derivative‖/‖values‖ on PGD inputs, mean over the checkpoints of training",
+    "smallest over the methods of ‖derivative‖/‖values‖ on PGD inputs, either's mean over the checkpoints of "
+    "training",
     1.0,
 )
 BATCH_SIZE = Claim(
@@ -128,8 +133,9 @@ JUMP = Claim(
 )
 LAZY = Claim(
     "gap/lazy",
-    "The kernel predicts late PGD training and not early: the cosine between twenty steps and what the "
-    "frozen kernel says of them rises by more than 0.1 from the first epoch's end to the last's.",
+    "The kernel predicts late PGD training and not early, at a constant learning rate: the cosine between "
+    "twenty steps and what the frozen kernel says of them rises by more than 0.1 from the first epoch's end "
+    "to the last's.",
     "difference of the cosines, on PGD inputs and batch statistics",
     0.1,
     source=f"Fort et al. 2020; {PAPER}",
@@ -137,31 +143,33 @@ LAZY = Claim(
 
 
 def runs(tier: int, seeds: Sequence[int]) -> Mapping[str, RunConfig]:
-    """Each method with each seed."""
+    """Each arm with each seed."""
     base, epochs, crafting, words = _TIERS[tier]
 
-    def config(method: str, seed: int) -> RunConfig:
-        own = ["--method", method, "--name", f"{method}-{seed}", "--seed", str(seed)]
+    def config(arm: str, seed: int) -> RunConfig:
+        method, schedule = ARMS[arm]
+        own = [f"--name={arm}", f"--seed={seed}", f"--method={method}", f"--training.schedule={schedule}"]
         if method in ("pgd", "trades"):
             own += crafting
-        return load_config(base, [*own, "--training.epochs", str(epochs), *_SETTINGS, *words])
+        return load_config(base, [*own, f"--training.epochs={epochs}", *_SETTINGS, *words])
 
-    return {f"{method}-{seed}": config(method, seed) for method in METHODS for seed in seeds}
+    return {f"{arm}-{seed}": config(arm, seed) for arm in ARMS for seed in seeds}
 
 
 def measure(folder: Path, config: RunConfig) -> Iterator[Mapping[str, Any]]:
     """A line for every checkpoint that is looked at."""
     examples = build_data(config)
     model = build_model(config, examples, resolve_device(config.device))
-    stage = _stages(folder)
+    velocity = _velocities(folder)
+    (arm,) = (a for a, kind in ARMS.items() if kind == (config.method["name"], config.training.schedule))
     looked_at = _looked_at(config)
     for step, path in kept_checkpoints(folder).items():
         epoch = load_weights(path, model)["extra"]["epoch"]
         if epoch not in looked_at:
             continue
-        line = {"step": step, "epoch": epoch, "stage": stage(epoch)}
+        line = {"arm": arm, "step": step, "epoch": epoch, **velocity(epoch)}
         line |= _gaps(model, config, examples)
-        if epoch == looked_at[-1] and config.method["name"] in SCALED:
+        if epoch == looked_at[-1] and arm in SCALED:
             line |= _scaled(model, config, examples)
         yield line | _changes(model, config, examples, step)
 
@@ -172,11 +180,11 @@ def judged(values: Sequence[Mapping[str, Any]], setting: str) -> list[Verdict]:
     seeds = sorted({line["seed"] for line in values})
     by_run: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for line in values:
-        by_run.setdefault((line["method"], line["seed"]), []).append(line)
+        by_run.setdefault((line["arm"], line["seed"]), []).append(line)
     by_run = {run: lines for run, lines in by_run.items() if lines[-1]["gap/clean/batch/relative_error"] > 0}
 
-    def effects(of_seed: Callable[..., float], methods: Sequence[str]) -> dict[int, float]:
-        return measured(seeds, lambda seed: of_seed(*(by_run[method, seed] for method in methods)))
+    def effects(of_seed: Callable[..., float], arms: Sequence[str]) -> dict[int, float]:
+        return measured(seeds, lambda seed: of_seed(*(by_run[arm, seed] for arm in arms)))
 
     error, one = "gap/pgd/batch/relative_error", "change/1/evaluation"
     frozen = f"change/{STEPS[-1]}/batch/pgd/frozen/cosine"
@@ -208,9 +216,9 @@ def judged(values: Sequence[Mapping[str, Any]], setting: str) -> list[Verdict]:
             ["pgd"],
         ),
         (JUMP, lambda pgd: _mean(pgd, f"{one}/pgd/jump"), ["pgd"]),
-        (LAZY, lambda pgd: pgd[-1][frozen] - _trained(pgd)[0][frozen], ["pgd"]),
+        (LAZY, lambda pgd: pgd[-1][frozen] - _trained(pgd)[0][frozen], [CONTROL]),
     ]
-    return [judge(claim, setting, effects(effect, methods)) for claim, effect, methods in found]
+    return [judge(claim, setting, effects(effect, arms)) for claim, effect, arms in found]
 
 
 _ERROR_LABEL = "relative error"
@@ -219,8 +227,8 @@ FIGURES = (
     ValueFigure(
         key="error",
         title="How far the computed kernel is from the one that training follows",
-        caption="‖Θ − Θ_running‖/‖Θ‖ with Θ the batch or the mixed kernel, in float64 on the same rows of a "
-        "batch of training examples, clean or crafted by PGD-10.",
+        caption="‖Θ − Θ_running‖/‖Θ‖ with Θ the batch or the mixed kernel, on the same rows of a batch of "
+        "training examples, clean or crafted by PGD-10.",
         y=tuple(
             Quantity(
                 f"gap/{inputs}/{kernel}/relative_error", _ERROR_LABEL, f"{kernel}, {inputs} inputs", log=True
@@ -228,6 +236,7 @@ FIGURES = (
             for kernel in ("batch", "mixed")
             for inputs in ("clean", "pgd")
         ),
+        colour="arm",
         panels="y",
     ),
     ValueFigure(
@@ -240,7 +249,7 @@ FIGURES = (
             for part in ("values", "derivative")
         ),
         colour="y",
-        panels="method",
+        panels="arm",
     ),
     ValueFigure(
         key="batch-size",
@@ -251,7 +260,7 @@ FIGURES = (
             for part in ("values", "derivative")
             for size in BATCH_SIZES
         ),
-        x="method",
+        x="arm",
         colour="y",
     ),
     ValueFigure(
@@ -266,7 +275,7 @@ FIGURES = (
             for name in _PREDICTIONS
         ),
         colour="y",
-        panels="method",
+        panels="arm",
     ),
     ValueFigure(
         key="steps",
@@ -281,6 +290,7 @@ FIGURES = (
             )
             for steps in STEPS
         ),
+        colour="arm",
         panels="y",
     ),
     ValueFigure(
@@ -297,12 +307,14 @@ FIGURES = (
             )
             for steps in STEPS
         ),
+        colour="arm",
         panels="y",
     ),
     ValueFigure(
-        key="stages",
-        title="By the stage of training",
-        caption="Checkpoints by the stage that the run's own probe was in; unclear where it found none.",
+        key="velocity",
+        title="By how fast the kernel turns",
+        caption="Checkpoints by the angle a step that the class kernels of the run's own probe turn there, "
+        "on clean inputs; each is an epoch of an arm.",
         y=(
             Quantity("gap/pgd/batch/relative_error", "gap, relative error on PGD inputs", log=True),
             Quantity(
@@ -310,7 +322,9 @@ FIGURES = (
             ),
             Quantity("change/1/evaluation/pgd/jump", "jump over change, 1 step", log=True),
         ),
-        x="stage",
+        x=Quantity("velocity", "angle per step, rad", log=True),
+        point="epoch",
+        colour="arm",
         panels="y",
     ),
 )
@@ -349,16 +363,13 @@ def _looked_at(config: RunConfig) -> list[int]:
     return sorted({0, 1, *(int(share * epochs) for share in config.training.milestones), epochs})
 
 
-def _stages(folder: Path) -> Callable[[float], str]:
-    """epoch -> learning, lazy or again, by the run's own probe; unclear where no stage is established."""
-    stages = Subject(read_run(folder), 0, "").stages
+def _velocities(folder: Path) -> Callable[[float], dict[str, float]]:
+    """epoch -> the velocity up to the snapshot there, before training to the next one; none without a probe,
+    or once the network has died."""
+    curve = list(zip(*read_run(folder).series("kernel/clean/class/angle_velocity"), strict=True))
 
-    def at(epoch: float) -> str:
-        if stages is None or stages.lazy is None:
-            return "unclear"
-        if epoch < stages.lazy.low:
-            return "learning"
-        return "lazy" if stages.third_start is None or epoch < stages.third_start else "again"
+    def at(epoch: float) -> dict[str, float]:
+        return next(({"velocity": velocity} for time, velocity in curve if time >= epoch - 1e-9), {})
 
     return at
 
