@@ -3,7 +3,8 @@
     python benchmarks/findings.py [STUDY ...]      # such as runs/gap, where tangentlab study put it
 
 Of each study the configuration, the raw values (packed where they are large) and the verdicts are kept, of
-those seeds alone of which every run was measured. Without a folder only the ledgers are written.
+those seeds alone of which every run was measured, with the command and the environment that they came from.
+All studies there are judged anew from their raw values.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import argparse
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from tangentlab.files import json_bytes
-from tangentlab.records import environment, read_values
+from tangentlab.records import read_values
 from tangentlab.studies import judge_study, ledger, of_source
 from tangentlab.studies.claims import PAPER
 from tangentlab.studies.study import load_study
@@ -31,16 +33,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("studies", type=Path, nargs="*", metavar="STUDY")
-    machine = environment()
     for folder in parser.parse_args().studies:
-        print(take(folder, machine))
-    found = [judge_study(path.parent) for path in sorted(RESULTS.glob("*/config.yaml"))]
+        print(take(folder))
+    found = [judge(path.parent) for path in sorted(RESULTS.glob("*/config.yaml"))]
     write(ROOT / "docs" / "findings.md", "tangentlab study all", ledger(found))
     papers = ledger([of_source(study, PAPER) for study in found])
     write(ROOT / "README.md", f"tangentlab study all --source '{PAPER}'", papers)
 
 
-def take(folder: Path, machine: dict[str, object]) -> str:
+def take(folder: Path) -> str:
     """Copy the finished seeds of a study; returns what was taken."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     study, lines = load_study(config["study"]), read_values(folder)
@@ -59,8 +60,16 @@ def take(folder: Path, machine: dict[str, object]) -> str:
         plain.write_bytes(content)
     else:
         packed.write_bytes(gzip.compress(content, mtime=0))
-    (out / "study.json").write_bytes(json_bytes({**judge_study(out), "environment": machine}))
+    (out / "study.json").write_bytes((folder / "study.json").read_bytes())  # for its environment
     return f"{out}: seeds {config['seeds']}, {len(kept)} values"
+
+
+def judge(folder: Path) -> dict[str, Any]:
+    """Write the study's verdicts and figures anew; where its values came from stays."""
+    path = folder / "study.json"
+    found = {**judge_study(folder), "environment": json.loads(path.read_bytes())["environment"]}
+    path.write_bytes(json_bytes(found))
+    return found
 
 
 def write(document: Path, command: str, text: str) -> None:

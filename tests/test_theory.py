@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab import modes
+from tangentlab.metrics import kernel_distance
 from tangentlab.studies.gap import STUDY
 
 HERE = Path(__file__).parent
@@ -119,6 +120,14 @@ def test_moments_are_no_farther_than_the_activations() -> None:
     centred = h - h.mean(0)
     grown = (1.5 * centred).std(0, correction=0) - centred.std(0, correction=0)
     assert torch.allclose(grown, (0.5 * centred).square().mean(0).sqrt())
+
+
+def test_kernel_distance_sees_neither_scale_nor_rotations_of_the_parameters() -> None:
+    """J → c J Q moves the Jacobian and leaves the distance at zero."""
+    J, rotation = normal(6, 20), torch.linalg.qr(normal(20, 20, seed=1))[0]
+    other = 3 * J @ rotation
+    assert float((other - J).norm() / J.norm()) > 1
+    assert float(kernel_distance(J @ J.T, other @ other.T)) == pytest.approx(0, abs=1e-12)
 
 
 def _change_of_logits(m: int) -> float:

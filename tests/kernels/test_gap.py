@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import tangentlab as tl
+from tangentlab import modes
 from tangentlab.errors import ConfigError, KernelError
 from tangentlab.kernels import KernelGap, kernel_gap
+from tangentlab.kernels.gap import _Jacobians
+from tangentlab.kernels.structure import trained
 
 from .reference import relative_error
 from .test_batch import IMAGE, MODELS, VECTOR, build, drawn, examples, flat
@@ -78,6 +81,33 @@ def test_without_running_statistics_there_is_none() -> None:
     model = drawn(lambda: flat(nn.BatchNorm1d(5, track_running_stats=False)))
     with pytest.raises(KernelError, match=r"module '1' \(BatchNorm1d\) has no running statistics"):
         kernel_gap(model, examples(VECTOR, 4))
+
+
+@pytest.mark.parametrize("size", [6, 60])
+def test_the_derivative_takes_away_the_scale_of_a_weight_before_batchnorm(size: int) -> None:
+    """D w = −V w whatever the batch, so that ‖D‖ ≥ ‖V w‖/‖w‖; up to BatchNorm's ε."""
+    model = build("1d")
+    model[1].eps = 1e-14
+    w = torch.cat([p.detach().flatten() * (p is model[0].weight) for p in trained(model).values()])
+    with modes.evaluation(model):
+        _, V, D, _ = _Jacobians(model, examples(VECTOR, size), 4).of_class(0)
+    assert torch.allclose(D @ w, -V @ w, atol=1e-9)
+    assert float((V @ w).norm()) > 1e-2
+    assert float(torch.linalg.matrix_norm(D, 2)) >= float((V @ w).norm() / w.norm())
+
+
+def test_the_values_part_is_in_proportion_to_the_distance_of_the_statistics() -> None:
+    """‖W‖ ≤ Λ ‖s(X) − s‖: a tenth of a small distance, a tenth of the part."""
+    model, x = build("1d"), examples(VECTOR, 6)
+    hidden = model[0](x).detach()
+
+    def part(distance: float) -> float:
+        off = copy.deepcopy(model)
+        off[1].running_mean = hidden.mean(0) + distance
+        off[1].running_var = hidden.var(0, correction=0) * (1 + distance)
+        return float(kernel_gap(off, x).mixed_values.norm())
+
+    assert [part(d) / part(d / 10) for d in (1e-2, 1e-3)] == pytest.approx([10, 10], rel=0.05)
 
 
 @pytest.fixture(scope="module")

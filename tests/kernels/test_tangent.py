@@ -183,6 +183,29 @@ def test_the_error_is_half_the_change_of_the_tangent() -> None:
     assert ratios == pytest.approx([1000, 1000], rel=0.3)
 
 
+def test_the_error_is_at_most_what_the_tangent_turns_along_the_step() -> None:
+    """‖f₊ − f − J Δθ‖ ≤ max_τ ‖(J(θ + τ Δθ) − J) Δθ‖, and more than a fifth of it on a step of this size."""
+    model, x = network(), examples(5, seed=4)[0]
+    change = direction(model, "gradient")
+    tangent = tangent_change(model, x, change)
+    error = (outputs(moved(model, change), x, "running") - outputs(model, x, "running") - tangent).norm()
+    turned = max(
+        (tangent_change(moved(model, change, tau / 50), x, change) - tangent).norm() for tau in range(51)
+    )
+    assert 0.2 * turned < error <= turned
+
+
+def test_momentum_multiplies_the_learning_rate_where_the_gradient_stands_still() -> None:
+    """By 1/(1 − μ), after some times 1/(1 − μ) steps."""
+    start, gradient = {"w": torch.zeros(3).double()}, {"w": torch.tensor([1.0, -2.0, 0.5]).double()}
+    momenta: dict[str, Tensor] = {}
+    for _ in range(200):
+        change, momenta = sgd_change(
+            start, gradient, momenta, learning_rate=0.1, momentum=0.9, weight_decay=0.0
+        )
+    assert torch.allclose(change["w"], -0.1 / (1 - 0.9) * gradient["w"], rtol=1e-8)
+
+
 def test_sgd_change_is_pytorchs() -> None:
     """b₊ = μ b + ∇L + λ θ, Δθ = −η b₊ over several steps, weight by weight."""
     model = network()

@@ -98,9 +98,27 @@ def test_the_jump_is_not_small_with_the_step(step: float) -> None:
     assert float(beside.jump.abs().max()) == 0
 
 
-def test_the_share_of_signs_that_a_step_flips_is_in_proportion_to_it() -> None:
-    """Of gradients of density p(0) at zero a step flips about p(0) times its length: on average the jump is
-    of the first order too, and no smaller than what the kernel explains."""
-    thetas = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
-    shares = [float((thetas.sign() != (thetas + step).sign()).double().mean()) for step in (0.1, 0.01, 0.001)]
-    assert shares == pytest.approx([0.05, 0.005, 0.0005], rel=0.05)
+class Spread(nn.Module):
+    """f = ±[(θ + 2 x₂ − 1) u + 100 u³], u = x₁ − ½: at u = 0 the gradient by x₁ is θ + 2 x₂ − 1."""
+
+    def __init__(self, theta: float) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(theta, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = x[:, :1] - 0.5
+        f = (self.theta + 2 * x[:, 1:] - 1) * u + 100 * u**3
+        return torch.cat([f, -f], 1)
+
+
+@pytest.mark.parametrize("step", [0.1, 0.01, 0.001])
+def test_the_share_of_signs_that_a_step_flips_is_in_proportion_to_it(step: float) -> None:
+    """Of gradients of density ½ at zero a step flips half of its length, and with each f by 2·100 eps³: in
+    the mean as much as the first bracket, eps times the step, however short that is."""
+    count, eps = 20_000, 0.1
+    x = torch.stack([torch.full((count,), 0.5), (torch.arange(count) + 0.5) / count], 1).double()
+    found = adversarial_change(Spread(0.0), Spread(step), x, torch.zeros(count).long(), FGSM(eps))
+    jumps = found.jump[:, 0].abs()
+    assert float((jumps > 0.1).double().mean()) == pytest.approx(step / 2, rel=0.01)
+    assert float(found.network.actual[:, 0].abs().mean()) == pytest.approx(eps * step, rel=1e-6)
+    assert float(jumps.mean()) == pytest.approx(eps * step, rel=0.1)

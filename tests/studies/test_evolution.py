@@ -188,6 +188,30 @@ def test_planted_effects_are_found_and_can_be_refuted() -> None:
         assert {name for (name, _), v in found.items() if v.verdict == "refuted"} == {claim}
 
 
+def test_metrics_that_repeat_another_are_found() -> None:
+    def snapshots(run: str, shift: float) -> Iterable[Line]:
+        for step in range(6):
+            line = {"run": run, "seed": 0, "data": "images", "what": "snapshot", "inputs": "clean"}
+            metrics = {"entropy_rank": step + shift, "top_mass": -((step + shift) ** 3)}
+            metrics |= {"specialization": 1.0, "target_alignment": (-1) ** step * 9 + shift}
+            yield line | {"step": step} | metrics
+
+    lines = [line for shift in range(4) for line in snapshots(f"run-{shift}", shift)]
+    found = {line["pair"]: line for line in evolution.repetitions([*lines, lines[0] | {"data": "table"}])}
+    # A constant is in no order.
+    assert set(found) == {
+        "entropy rank, top mass",
+        "entropy rank, target alignment",
+        "top mass, target alignment",
+    }
+    assert next(iter(found)) == "entropy rank, top mass"
+    assert found["entropy rank, top mass"]["along"] == pytest.approx(1)
+    # They go together from run to run, and along a run they do not.
+    other = found["entropy rank, target alignment"]
+    assert other["ended"] == pytest.approx(1)
+    assert other["along"] < 0.5
+
+
 def test_the_table_is_judged_by_itself_and_missing_runs_are_no_evidence() -> None:
     lines = [line for seed in range(3) for line in planted(seed)]
     table = [line for seed in range(3) for line in planted(seed, "table", settled=0.29)]

@@ -102,23 +102,26 @@ CLAIMS = (
     ),
     Claim(
         "evolution/three-stages",
-        "With a decaying learning rate most adversarial runs have three stages.",
-        "share of the runs that begin 1.5 times as fast as they are in their second quarter and have a "
-        "third stage after a lazy one",
+        "With a decaying learning rate most adversarial runs have three stages in the angle per unit of "
+        "summed learning rate.",
+        "share of the runs that begin 1.5 times as fast as they are in their second quarter and have a third "
+        "stage after a lazy one, which docs/stages.md establishes",
         0.5,
         source=PAPER,
     ),
     Claim(
         "evolution/third-is-adversarial",
         "The third stage is adversarial training's own: likelier than under standard training, by 0.5.",
-        "probability of a third stage with a decaying rate, mean over the adversarial methods − standard",
+        "probability of a third stage in the angle per unit of summed learning rate, which decays, mean over "
+        "the adversarial methods − standard",
         0.5,
         source=f"{PAPER}, as we read it",
     ),
     Claim(
         "evolution/third-at-drop",
         "With a stepwise rate the third stage starts at the first drop, within 5 % of the training.",
-        "|start − drop| as a share of the training, mean over the adversarial runs with a third stage",
+        "|start − drop| as a share of the training, in the angle per unit of summed learning rate, mean over "
+        "the adversarial runs with a third stage",
         0.05,
         above=False,
     ),
@@ -475,9 +478,23 @@ def correlations(values: Iterable[Values], names: Sequence[str] = METRICS) -> di
     found = {}
     for a, b in combinations(names, 2):
         both = [(line[a], line[b]) for line in lines if a in line and b in line]
-        if len(both) > 2:
+        # Without two values of each there is no order.
+        if len(both) > 2 and all(len(set(column)) > 1 for column in zip(*both, strict=True)):
             found[a, b] = float(spearmanr(both).statistic)
     return found
+
+
+def repetitions(values: Sequence[Values]) -> Iterator[dict[str, Any]]:
+    """How far every two metrics repeat each other on the images, a seed: |Spearman correlation| over the
+    snapshots of all runs, and over the runs' last ones."""
+    for seed in sorted({line["seed"] for line in values}):
+        lines = _select(values, what="snapshot", inputs="clean", data="images", seed=seed)
+        last = {line["run"]: line for line in lines}  # snapshots are in order
+        ended = correlations(last.values())
+        for (a, b), along in sorted(correlations(lines).items(), key=lambda found: -abs(found[1])):
+            pair = f"{a}, {b}".replace("_", " ")
+            line = {"what": "repetition", "seed": seed, "pair": pair, "along": abs(along)}
+            yield line | ({"ended": abs(ended[a, b])} if (a, b) in ended else {})
 
 
 def _select(lines: Iterable[Values], **where: Any) -> list[Values]:
@@ -529,7 +546,7 @@ def _turns_first(lines: Sequence[Values]) -> float | None:
 
 
 def _decaying(lines: Sequence[Values], methods: Sequence[str]) -> list[Values]:
-    """The stages of the runs whose learning rate decays, of the speed that decay alone leaves as it is."""
+    """The stages of the runs whose learning rate decays, in the angle per unit of its sum."""
     return _select(lines, what="stages", inputs="clean", speed=SPEEDS[1], method=methods, schedule=DECAYING)
 
 
@@ -632,8 +649,8 @@ FIGURES = (
     ValueFigure(
         key="layers",
         title="Layer by layer",
-        caption="Kernels of one layer's parameters on clean inputs, stepwise rate, before, in the middle and "
-        "at the end of training.",
+        caption="Kernels of one layer's parameters, all but the distance on clean inputs; stepwise rate, "
+        "before, in the middle and at the end of training.",
         y=_OF_A_LAYER,
         x="layer",
         panels="epoch",
@@ -643,7 +660,7 @@ FIGURES = (
     ValueFigure(
         key="stages",
         title="Are there the stages?",
-        caption="Bootstrap probability of each stage in a run's curve of the angle per summed learning rate, "
+        caption="Posterior probability of each stage in a run's curve of the angle per summed learning rate, "
         "clean inputs.",
         y=(
             Quantity("learning_probability", "probability", "a learning stage", percent=True),
@@ -687,6 +704,19 @@ FIGURES = (
         where={"what": "carried"},
     ),
     _kernels("table", "A table instead of images", {"data": "table", "inputs": "clean"}),
+    ValueFigure(
+        key="repetition",
+        title="Which metrics repeat another",
+        caption="|Spearman correlation| of every two metrics of the class kernels on clean inputs, over the "
+        "snapshots of all runs on images, and over their last ones.",
+        y=(
+            Quantity("along", "|rank correlation|", "all snapshots"),
+            Quantity("ended", "|rank correlation|", "last snapshots"),
+        ),
+        x="pair",
+        colour="y",
+        where={"what": "repetition"},
+    ),
 )
 
-STUDY = Study("evolution", CLAIMS, configurations, measure, verdicts, FIGURES)
+STUDY = Study("evolution", CLAIMS, configurations, measure, verdicts, FIGURES, repetitions)

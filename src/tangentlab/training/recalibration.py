@@ -55,6 +55,8 @@ def recalibrate(
     All other layers are in evaluation mode. Inputs are crafted once, from the evaluated network as it comes,
     before any of its statistics move.
 
+    Clean statistics can cost a network its robust accuracy (docs/training.md): evaluate it again.
+
     Args:
         model: any module; left as it was, submodule by submodule, but for ``running_mean`` and
             ``running_var``; on an error for these too.
