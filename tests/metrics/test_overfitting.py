@@ -70,6 +70,29 @@ def test_dated_to_the_last_crossing_when_an_earlier_fall_recovered() -> None:
     assert collapse.robust_accuracy == 0.05
 
 
+@pytest.mark.parametrize(
+    ("end", "lasting"),
+    [
+        ([0.1, 0.0, 0.2], True),
+        ([0.1, 0.1], False),  # too soon to tell
+        ([0.1, 0.1, 0.21, 0.1], False),
+        ([0.1, 0.1, 0.1, 0.4], True),  # it did recover, later
+    ],
+)
+def test_a_fall_lasts_three_evaluations(end: list[float], lasting: bool) -> None:
+    robust = [0.3, 0.4, *end]
+    collapse = catastrophic_overfitting(range(len(robust)), [0.5, *[0.9] * (len(robust) - 1)], robust)
+    assert collapse is not None
+    assert collapse.lasting is lasting
+
+
+def test_a_dip_is_passed_over_where_lasting_ones_are_asked_for() -> None:
+    robust = [0.4, 0.1, 0.4, 0.4, 0.4, 0.1, 0.1, 0.0]
+    found = [catastrophic_overfitting(range(8), [0.9] * 8, robust, lasting=only) for only in (False, True)]
+    assert [collapse and collapse.epoch for collapse in found] == pytest.approx([2 / 3, 4 + 2 / 3])
+    assert catastrophic_overfitting(range(4), [0.9] * 4, robust[:4], lasting=True) is None
+
+
 def test_no_evaluations_no_collapse() -> None:
     assert catastrophic_overfitting([], [], []) is None
 

@@ -6,6 +6,7 @@ against PGD collapses within a fraction of an epoch while FGSM accuracy goes on 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from tangentlab.metrics._checks import Curve, as_curve, as_times
 # Share of the best robust accuracy that is left, and lead of FGSM over PGD, from which a fall is a collapse.
 COLLAPSE_SHARE = 0.5
 COLLAPSE_LEAD = 0.2
+# Evaluations in a row below half from which a fall is lasting: fewer come of a few points' noise.
+LASTING = 3
 
 # A network that never exceeded chance by this never learned. One standard error at chance 0.1 on 200 points
 # is 0.02.
@@ -37,6 +40,8 @@ class Collapse:
         best_epoch: the evaluation it fell from.
         best_robust_accuracy: robust accuracy then.
         robust_accuracy, fgsm_accuracy: at the first evaluation that meets the definition.
+        lasting: whether robust accuracy stays at half of that best or below for three evaluations from the
+            crossing on; else the network recovered at once, or training ended too soon to tell.
     """
 
     epoch: float
@@ -44,10 +49,11 @@ class Collapse:
     best_robust_accuracy: float
     robust_accuracy: float
     fgsm_accuracy: float
+    lasting: bool
 
 
 def catastrophic_overfitting(
-    epochs: Curve, fgsm_accuracy: Curve, robust_accuracy: Curve, *, chance: float = 0.1
+    epochs: Curve, fgsm_accuracy: Curve, robust_accuracy: Curve, *, chance: float = 0.1, lasting: bool = False
 ) -> Collapse | None:
     """The first collapse of a run, or None.
 
@@ -65,6 +71,7 @@ def catastrophic_overfitting(
         epochs: evaluations [T] in epochs (or steps), increasing.
         fgsm_accuracy, robust_accuracy: accuracies [T] in [0, 1] under FGSM and PGD on the same points.
         chance: accuracy of guessing, 1/C.
+        lasting: the first lasting one instead.
 
     Raises:
         ConfigError: lengths differ, values out of range, epochs that do not increase.
@@ -81,6 +88,12 @@ def catastrophic_overfitting(
     if len(fgsm) != len(robust):
         raise ConfigError(f"fgsm_accuracy has {len(fgsm)} values for {len(robust)} of robust_accuracy")
 
+    found = _collapses(t, fgsm, robust, chance)
+    return next((collapse for collapse in found if collapse.lasting or not lasting), None)
+
+
+def _collapses(t: np.ndarray, fgsm: np.ndarray, robust: np.ndarray, chance: float) -> Iterator[Collapse]:
+    """What each evaluation that meets the definition says."""
     best = 0
     for k in range(len(t)):
         if robust[k] >= robust[best]:
@@ -93,14 +106,15 @@ def catastrophic_overfitting(
             and fgsm[k] - robust[k] > COLLAPSE_LEAD
         ):
             above = int(np.flatnonzero(robust[:k] > half)[-1])
-            return Collapse(
+            fallen = robust[above + 1 : above + 1 + LASTING] <= half
+            yield Collapse(
                 epoch=_crossing(t, robust, above, half),
                 best_epoch=float(t[best]),
                 best_robust_accuracy=float(robust[best]),
                 robust_accuracy=float(robust[k]),
                 fgsm_accuracy=float(fgsm[k]),
+                lasting=len(fallen) == LASTING and bool(fallen.all()),
             )
-    return None
 
 
 def parting_epoch(epochs: Curve, distances: Curve, *, threshold: float = PARTING_DISTANCE) -> float | None:
