@@ -74,14 +74,18 @@ def test_lazy_after_patience_and_learning_again_with_hysteresis() -> None:
     assert "rose above" in reasons[1]
 
 
-def test_a_fallen_learning_rate_ends_the_lazy_stage_and_begins_anew() -> None:
-    angles = [0, FAST, SLOW, SLOW, SLOW, SLOW / 2, SLOW / 20, SLOW / 20]
+def test_a_fallen_learning_rate_ends_the_lazy_stage_until_the_kernel_is_slow_for_it() -> None:
+    # At a tenth of the rate the fastest counts as 0.32 of what it was: 0.1 is more than half of it.
+    angles = [0, FAST, SLOW, SLOW, SLOW, FAST / 8, SLOW / 2, SLOW / 2]
     rates = [RATE] * 4 + [RATE / 10] * 4
     one = switch(patience=1)
     # At the drop the velocity is the old rate's: it is held against nothing.
     assert turned(Turning(), one, angles, rates) == "ffccffcc"
     assert one.looks[4].reason == "the learning rate fell from 0.1 to 0.01"
-    assert turned(Turning(), switch(patience=1, return_on_drop=False), angles, rates) == "ffcccccc"
+    assert one.looks[5].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY * 0.1**0.5, rel=1e-4)
+    staying = switch(patience=1, return_on_drop=False)
+    assert turned(Turning(), staying, angles, rates) == "ffcccccc"
+    assert staying.looks[5].values == one.looks[5].values
     smooth = [RATE * (1 - k / 10) for k in range(8)]
     assert turned(Turning(), switch(patience=1), angles, smooth) == "ffcccccc"
 
@@ -153,6 +157,16 @@ def test_a_fall_between_two_looks_is_seen_and_half_is_one() -> None:
     assert one(model, 4) == "cheap"  # a call without a rate says nothing of it
     assert one(model, EVERY) == "full"
     assert one.looks[-1].reason == "the learning rate fell from 0.1 to 0.05"
+
+
+def test_of_two_falls_between_two_looks_the_first_is_where_the_rate_fell_from() -> None:
+    model, one = Turning(), switch(patience=1)
+    assert turned(model, one, [0, FAST], [RATE] * 2) == "ff"
+    for step, rate in ((EVERY + 2, RATE / 4), (EVERY + 3, RATE / 16)):
+        one(model, step, learning_rate=rate)
+    one(model, 2 * EVERY)
+    one(model, 3 * EVERY)
+    assert one.looks[-1].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY / 4, rel=1e-4)
 
 
 def test_the_cost_is_the_passes_made() -> None:

@@ -130,6 +130,13 @@ def test_lazy_is_pgd_with_the_kernels_switch_to_what_it_kept(tmp_path: Path) -> 
     assert lazy.switch.to["name"] == "atta"
     assert lazy.switch.to["eps"] == 0.2
     assert resolve(lazy.to_dict()) == lazy
+    assert lazy.switch.to["crafting_statistics"] == "batch"
+    assert lazy.switch.to["buffer_updates"] == ("crafting", "loss")
+    words = ["--method.crafting_statistics=running", "--method.buffer_updates=[loss]"]
+    for own in (words, ["--method=trades", "--switch.rule=kernel"]):
+        running = load_config("digits", ["--method=lazy", *own] if own is words else own)
+        assert running.switch.to["crafting_statistics"] == "running"
+        assert running.switch.to["buffer_updates"] == ("loss",)
     other = load_config("digits", ["--method=lazy", "--switch.to=pgd", "--switch.to.num_steps=2"])
     assert not other.method["keep_perturbations"]
     assert other.switch.to["step_size"] == other.eps / 4

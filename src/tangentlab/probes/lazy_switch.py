@@ -6,6 +6,7 @@ kernel stands still, adversarial examples can be replaced by cheaper ones; when 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -60,13 +61,15 @@ class LazySwitch:
     """Answers "full" or "cheap": whether the next examples need the full attack.
 
     It begins with "full". By the kernel, with v the angle a step that the class kernels turned between two
-    looks and v* the fastest since training began or the learning rate last fell:
+    looks and v* the fastest so far:
 
     - full → cheap where v < ``threshold``·v* at ``patience`` looks in a row: the lazy stage;
     - cheap → full where v > ``resume``·v* at ``patience`` looks in a row: the kernel learns again;
-    - cheap → full at the look after the learning rate fell to half or less from one call to the next: call at
-      every step. Without ``return_on_drop`` a fall does nothing, to v* neither. Smooth schedules fall so at
-      their last steps alone.
+    - with ``return_on_drop``, cheap → full at the look after the learning rate fell to half or less from one
+      call to the next: call at every step. Smooth schedules fall so at their last steps alone.
+
+    Where the rate fell from η to η' so, v* goes on as v*·√(η'/η) and the look counts for nothing: steps that
+    jitter about a point turn the kernel in proportion to the root, and are not to look lazy for it.
 
     A kernel that cannot be measured (a network that has died has none) says nothing; the rest goes on.
 
@@ -81,7 +84,7 @@ class LazySwitch:
         at: the step to switch at, whatever the kernel does.
         threshold, resume: 0 < threshold ≤ resume.
         patience: looks in a row.
-        return_on_drop: see above; the learning rate comes with each call.
+        return_on_drop: see above.
         held_out: points (x, y) that are not trained on.
         guard: the attack that they are judged by.
         max_fall: in (0, 1).
@@ -140,7 +143,7 @@ class LazySwitch:
         self._row = 0  # looks in a row that speak for the other phase
         self._best = 0.0  # robust accuracy since the switch
         self._rate = 0.0  # of learning, at the last call
-        self._fell_from = 0.0  # the rate before it fell, until the next look
+        self._fell_from = 0.0  # the rate before it first fell since the last look
         self._classes = 0  # as the first kernel has them
         self._returned = False
 
@@ -159,7 +162,7 @@ class LazySwitch:
         error = None
         if learning_rate is not None:
             if learning_rate <= DROP * self._rate * (1 + 1e-9):
-                self._fell_from = self._rate
+                self._fell_from = self._fell_from or self._rate
             self._rate = values["learning_rate"] = learning_rate
         if not self.due(step):
             return self.phase
@@ -201,9 +204,10 @@ class LazySwitch:
 
     def _decide(self, step: int, values: dict[str, float]) -> str | None:
         """Why the phase changes now, or None; the levels that the evidence is held against join it."""
-        velocity, dropped = values.get("velocity"), self.return_on_drop and self._fell_from > 0
-        if dropped:  # what was measured is of before
-            self._fastest, self._row, velocity = 0.0, 0, None
+        velocity, fell = values.get("velocity"), self._fell_from > 0
+        if fell:  # what was measured is of before
+            self._fastest *= math.sqrt(self._rate / self._fell_from)
+            self._row, velocity = 0, None
         self._fastest = max(self._fastest, velocity or 0.0)
         low, high = self.threshold * self._fastest, self.resume * self._fastest
         if velocity is not None:
@@ -213,7 +217,7 @@ class LazySwitch:
             if self.at is None:
                 return f"the kernel's velocity fell below {low:.3g}" if self._row >= self.patience else None
             return f"step {self.at} is reached" if step >= self.at and not self._returned else None
-        if dropped:
+        if fell and self.return_on_drop:
             return f"the learning rate fell from {self._fell_from:g} to {self._rate:g}"
         if "robust_accuracy" in values:
             robust = values["robust_accuracy"]

@@ -124,7 +124,7 @@ class Subject:
             both,
             [fgsm.at_or_before(x) for x in both],
             [robust.at_or_before(x) for x in both],
-            **({"chance": 1 / self.classes} if self.classes else {}),
+            chance=1 / (self.classes or 10),
         )
 
     @property

@@ -205,8 +205,8 @@ class SwitchConfig:
         every: epochs between looks; fractions are allowed.
         size: class-balanced training examples whose kernel is watched.
         inputs: what it is watched on, clean or pgd.
-        threshold: lazy below this share of the fastest velocity, with return_on_drop that since the learning
-            rate last fell.
+        threshold: lazy below this share of the fastest velocity, which goes with the root of a learning rate
+            that falls.
         resume: learning again above this share.
         patience: looks in a row.
         return_on_drop: come back where the learning rate falls to half or less from one step to the next.

@@ -154,8 +154,12 @@ def config_parser(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()
         derived = parser.get_defaults()
         if derived["switch.to.name"] == "pgd" and rule == "alarm":
             parser.set_defaults({"switch.to.num_steps": 2})
-        if derived["switch.to.name"] == "atta":  # it starts from what the method kept
+        if derived["switch.to.name"] == "atta":  # it goes on from what the method kept, and in its way
             own = {"switch.to.reset_epochs": None, "method.keep_perturbations": True}
+            for name in ("crafting_statistics", "buffer_updates"):
+                if f"method.{name}" in derived:
+                    way = _group(values, "method").get(name, derived[f"method.{name}"])
+                    own[f"switch.to.{name}"] = way
             parser.set_defaults({name: value for name, value in own.items() if name in derived})
     return parser
 
