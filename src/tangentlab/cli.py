@@ -125,7 +125,8 @@ def _parser() -> Parser:
                        "to write instead of printing")  # fmt: skip
     study.add_argument("--source", metavar="TEXT", help="with all: claims whose source holds this text")
     study.add_argument("--tier", type=int, default=1, help="0, 1 or 2: data and network (default: 1)")
-    study.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="SEED")
+    study.add_argument("--seeds", type=_seed, nargs="+", metavar="SEED",
+                       help="default: the first three that the study judges")  # fmt: skip
     study.add_argument("--only", nargs="+", default=[], metavar="RUN",
                        help="runs of these names alone, such as pgd (default: all)")  # fmt: skip
     study.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")

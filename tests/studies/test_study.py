@@ -16,6 +16,7 @@ from tangentlab.cli import main
 from tangentlab.errors import ConfigError, RunFolderError, TangentlabError
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig
+from tangentlab.runs.display import ProgressDisplay
 from tangentlab.runs.evaluation import kept_checkpoints
 from tangentlab.studies import judge_study, run_study
 from tangentlab.studies import study as module
@@ -69,6 +70,21 @@ def test_a_study_goes_on(measured: list[str], tmp_path: Path) -> None:
     written = json.loads((tmp_path / "study.json").read_text())
     assert written.pop("environment")
     assert written == found == judge_study(tmp_path)
+
+
+@pytest.mark.parametrize("asked", [None, [0, 3]])
+def test_seeds_that_settings_were_chosen_on_are_left_out_or_named(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: list[int] | None
+) -> None:
+    tuned = replace(module.load_study("evolution"), tuning_seeds=(0, 2))
+    monkeypatch.setattr(module, "load_study", lambda name: tuned)
+    display = ProgressDisplay()
+    noted: list[str] = []
+    monkeypatch.setattr(display, "note", noted.append)
+    run_study("evolution", tmp_path, tier=0, seeds=asked, display=display)
+    assert measured == [f"tiny-{seed}" for seed in asked or (1, 3, 4)]
+    told = [line for line in noted if "not judged" in line]
+    assert told == ([] if asked is None else ["seed 0: for choosing settings on, and not judged"])
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -344,4 +344,4 @@ FIGURES = (
     ),
 )
 
-STUDY = Study("cure", CLAIMS, runs, measure, judged, FIGURES)
+STUDY = Study("cure", CLAIMS, runs, measure, judged, FIGURES, tuning_seeds=TUNING_SEEDS)

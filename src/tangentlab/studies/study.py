@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Study:
         judge: all raw values and the setting -> a verdict for each claim.
         figures: of the raw and the derived values, for the report.
         derive: all raw values -> values that rest on several runs, which study.json carries for the figures.
+        tuning_seeds: settings were chosen on; the verdicts leave them out.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Study:
     judge: Callable[[Sequence[Values], str], Sequence[Verdict]]
     figures: tuple[ValueFigure, ...] = ()
     derive: Callable[[Sequence[Values]], Iterable[Values]] = lambda _: ()
+    tuning_seeds: tuple[int, ...] = ()
 
 
 def load_study(name: str) -> Study:
@@ -76,7 +79,7 @@ def run_study(
     out: str | Path,
     *,
     tier: int = 1,
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: Sequence[int] | None = None,
     only: Sequence[str] = (),
     jobs: int = 1,
     display: Display | None = None,
@@ -84,8 +87,9 @@ def run_study(
     """Seed by seed, train what is not trained and measure what is not measured; judge, and return study.json.
 
     The same call again goes on; more seeds may be added. A seed whose values are all there needs its runs no
-    more, so that a folder with config.yaml and values.jsonl alone goes on, on another machine too. ``only``
-    the runs of these names, where more seeds of a few are wanted; claims that need others go without.
+    more, so that a folder with config.yaml and values.jsonl alone goes on, on another machine too. Without
+    ``seeds``, the first three that are judged. ``only`` the runs of these names, where more seeds of a few
+    are wanted; claims that need others go without.
 
     Raises:
         ConfigError: an unknown study, tier or run, or ``out`` holds another study.
@@ -95,6 +99,11 @@ def run_study(
     study, folder = load_study(name), Path(out)
     if tier not in TIERS:
         raise ConfigError(unknown_choice("tier", tier, map(str, TIERS)))
+    if seeds is None:
+        seeds = list(islice((seed for seed in count() if seed not in study.tuning_seeds), 3))
+    unjudged = [str(seed) for seed in study.tuning_seeds if seed in seeds]
+    if unjudged and display is not None:
+        display.note(f"seed {', '.join(unjudged)}: for choosing settings on, and not judged")
     there = [config.name for config in study.runs(tier, seeds[:1]).values()]
     for wanted in only:
         if wanted not in there:
