@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tangentlab.attacks import PGD, Square
 from tangentlab.kernels import Linearized, ntk
 from tangentlab.runs import RunConfig, train
 from tangentlab.runs.build import build_data, build_model
@@ -40,7 +42,8 @@ def test_runs_keep_the_moments(tier: int) -> None:
 def finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, RunConfig]:
     words = " ".join(word for word in TINY if not word.startswith(("--method", "--probe")))
     monkeypatch.setitem(TIERS, 0, ("digits", f"{words} --training.keep_every=1", ("standard", "pgd")))
-    for name, value in {"STEPS": 4, "BATCH": 20, "POINTS": 30, "FITTED": 20, "PROBED": 20}.items():
+    small = {"STEPS": 4, "LONG": 8, "BATCH": 20, "POINTS": 30, "QUERIES": 5, "FITTED": 20, "PROBED": 20}
+    for name, value in small.items():
         monkeypatch.setattr(transfer, name, value)
     runs = dict(STUDY.runs(0, [1]))
     for key, config in runs.items():
@@ -48,11 +51,13 @@ def finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, RunCo
     return runs
 
 
-def test_a_run_is_read_at_three_moments(finished: dict[str, RunConfig], tmp_path: Path) -> None:
+def test_a_run_is_read_at_its_moments(finished: dict[str, RunConfig], tmp_path: Path) -> None:
     lines = list(STUDY.measure(tmp_path / "pgd-1", finished["pgd-1"]))
-    assert Counter(line["what"] for line in lines) == {"run": 1, "kernel": 3, "frozen": 18, "regression": 3}
-    assert [line["epoch"] for line in lines if line["what"] == "kernel"] == [0.0, 1.0, 3.0]
-    kernel = lines[1] if lines[0]["what"] == "run" else lines[0]
+    assert Counter(line["what"] for line in lines) == {"run": 1, "kernel": 4, "frozen": 22, "regression": 4}
+    assert [line["epoch"] for line in lines if line["what"] == "kernel"] == [0.0, 0.0, 1.0, 3.0]
+    long = {(line["moment"], line["offset"], line["examples"]) for line in lines if line.get("steps") == 8}
+    assert long == {(m, "kept", e) for m in ("early", "middle") for e in ("clean", "pgd")}
+    kernel = lines[1]
     assert kernel["to_standard"] == pytest.approx(0, abs=1e-6)  # both before training
     last = [line for line in lines if line["what"] == "kernel"][-1]
     assert last["to_standard"] > 1e-4
@@ -60,10 +65,31 @@ def test_a_run_is_read_at_three_moments(finished: dict[str, RunConfig], tmp_path
     for line in lines:
         for name, value in line.items():
             assert not name.endswith("_accuracy") or 0 <= value <= 1
-    found = next(line for line in lines if line["what"] == "regression" and line["moment"] == "end")
     own = next(line for line in lines if line["what"] == "run")
-    assert found["network_robust_accuracy"] == own["robust_accuracy"]
-    assert found["residual"] < 1e-2
+    for found in (line for line in lines if line["what"] == "regression"):
+        assert found["network_robust_accuracy"] == own["robust_accuracy"] <= own["pgd_accuracy"]
+        assert found["residual"] < 1e-2
+    assert all(line["robust_accuracy"] <= line["pgd_accuracy"] for line in lines if "robust_accuracy" in line)
+
+
+class Hiding(nn.Module):
+    """f = ±(x₁ rounded down to tenths − ½): no gradient says that a smaller x₁ turns it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        f = (10 * x[:, 0, 0, :1]).floor() / 10 - 0.5 + 0 * x.flatten(1).sum(1, keepdim=True)
+        return torch.cat([f, -f], 1)
+
+
+def test_what_hides_its_gradients_is_found_by_square() -> None:
+    x, y = torch.full((20, 1, 2, 2), 0.55), torch.zeros(20, dtype=torch.int64)
+    pgd = PGD(0.1, 0.025, 5, random_start=False)
+    attack = transfer.Unhidden(pgd, Square(0.1, 50))
+    noise = torch.Generator().manual_seed(0)
+    withstood, both = (float((Hiding()(one(Hiding(), x, y, generator=noise)).argmax(1) == y).double().mean())
+                       for one in (pgd, attack))  # fmt: skip
+    assert withstood == 1
+    assert both < 0.2
+    assert float((attack(Hiding(), x, y, generator=noise) - x).abs().max()) <= 0.1 + 1e-6
 
 
 def test_the_regression_is_the_exact_kernels() -> None:
@@ -108,15 +134,17 @@ def planted(seed: int) -> list[Line]:
                     moment,
                     offset=offset,
                     examples=examples,
+                    steps=steps,
                     robust_accuracy=robust - lost + more,
                 )
-                for offset in transfer.OFFSETS
+                for offset, steps in product(transfer.OFFSETS, (transfer.STEPS, transfer.LONG))
                 for examples, more in {"clean": -0.02, "one-step": 0.0, "pgd": 0.001 * seed}.items()
             ]
-        lines.append(
-            line("regression", method, "end", robust_accuracy=robust, network_clean_accuracy=0.8,
-                 network_robust_accuracy=0.5, transferred_accuracy=0.7)
-        )  # fmt: skip
+        lines += [
+            line("regression", method, moment, robust_accuracy=robust, network_clean_accuracy=0.8,
+                 network_pgd_accuracy=0.5, transferred_accuracy=transferred)
+            for moment, transferred in {"start": 0.6, "end": 0.7}.items()
+        ]  # fmt: skip
     return lines
 
 
@@ -130,10 +158,12 @@ def test_verdicts_on_planted_values() -> None:
         "kernel-or-examples": "supported",
         "one-step": "refuted",
         "regression": "supported",
-        "training-free": "refuted",
+        "training-free": "supported",
+        "last-kernel": "refuted",
     }
     assert found["suffices"].values[2] == pytest.approx(60 - 49.2)
-    assert found["training-free"].effect == pytest.approx(1 / 3)
+    assert found["training-free"].effect == pytest.approx(2 / 3)
+    assert found["last-kernel"].effect == pytest.approx(1 / 3)
     without = [line for line in values if (line["seed"], line["method"]) != (0, "fgsm_rs")]
     fewer = {v.claim.id.partition("/")[2]: v for v in STUDY.judge(without, "here")}
     assert set(fewer["one-step"].values) == {1, 2}

@@ -219,7 +219,7 @@ class SwitchConfig:
     rule: Literal["none", "fixed", "kernel", "alarm"] = "none"
     to: Mapping[str, Any] = field(default_factory=dict)
     epoch: float = 0.0
-    every: float = 0.25
+    every: float = 0.5
     size: int = 20
     inputs: Literal["clean", "pgd"] = "clean"
     threshold: float = 0.3

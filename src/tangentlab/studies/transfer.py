@@ -8,14 +8,20 @@ exact kernel, and adversarial examples that the kernel alone makes, transferred 
 
 The lines of values.jsonl, by ``what``: "run", the network that a method ended with; "kernel" of a kept epoch;
 "frozen", the linearised network after training; "regression", δ = J(X)ᵀα with (Θ(X, X) + ridge) α = Y by
-conjugate gradients on products with the exact kernel. Robust accuracy is PGD-10's on validation examples;
-examples that the kernel makes are PGD-10's on the regression, no step of it looks at the network's outputs.
-Hardware and time: a CPU.
+conjugate gradients on products with the exact kernel, that of the untrained network too. Examples that the
+kernel makes are PGD-10's on the regression, no step of it looks at the outputs of the network that they are
+for, the one that training ends with.
+
+Robust accuracy, on validation examples, is that under PGD-10 and, where a network withstands it, Square: the
+gradients of a linearised ReLU network do not see J(x)δ jump where units switch. Square alone takes from them
+what PGD does not; beside it stands what PGD alone says. Hardware and time: a CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tangentlab import data, metrics, randomness
-from tangentlab.attacks import PGD, Attack
+from tangentlab.attacks import PGD, Attack, Passes, Square
 from tangentlab.data import Split
 from tangentlab.kernels import Linearized, NTKOperator, Regression, kernel_regression, ntk, pullback
 from tangentlab.probes import accuracy
@@ -40,7 +46,7 @@ from tangentlab.training import load_weights
 
 METHODS = ("standard", "fgsm_rs", "pgd", "trades")
 EXAMPLES = ("clean", "one-step", "pgd")
-MOMENTS = {"early": 1 / 15, "middle": 0.5, "end": 1.0}  # shares of the training
+MOMENTS = {"start": 0.0, "early": 1 / 15, "middle": 0.5, "end": 1.0}  # shares of the training
 OFFSETS = ("kept", "zero")
 
 # tier -> configuration, overrides, methods.
@@ -64,7 +70,9 @@ TIERS: Mapping[int, tuple[str, str, tuple[str, ...]]] = {
 }
 PGD_STEPS = 5  # of PGD and TRADES in training, on networks and on linearised ones
 STEPS, BATCH = 300, 64  # of training a linearised network
-POINTS = 300  # validation examples that are judged
+LONG = 1200  # steps where it is held against the network, which saw 75,000 examples from the middle on
+POINTS = 500  # validation examples that are judged
+QUERIES = 200  # of Square
 PROBED = 40  # class-balanced training examples whose kernel is described, and sets the learning rate
 FITTED = 300  # class-balanced training examples of the regression
 RIDGE = 1e-2  # over the kernel's mean diagonal
@@ -121,11 +129,20 @@ REGRESSION = Claim(
     10.0,
     source=LOO,
 )
+_FALLS = "fall of the network's accuracy on examples made by the regression over that on its own PGD examples"
 TRAINING_FREE = Claim(
     "transfer/training-free",
+    "Adversarial examples that the kernel of the untrained network makes take more than half of what PGD "
+    "examples take from the accuracy of the network that standard training ends with.",
+    _FALLS,
+    0.5,
+    source=PAPER,
+)
+LAST_KERNEL = Claim(
+    "transfer/last-kernel",
     "Adversarial examples that the last kernel of PGD training makes alone take more than half of what PGD "
-    "examples take from the network's accuracy.",
-    "fall of the network's accuracy on examples made by the regression over that on its own PGD examples",
+    "examples take from that network's accuracy.",
+    _FALLS,
     0.5,
 )
 
@@ -147,35 +164,53 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     examples = build_data(config)
     model = build_model(config, examples, torch.device("cpu"))
     points = examples.validation.select(torch.arange(min(POINTS, len(examples.validation))))
-    judge_by = build_attack(config, num_steps=10)
-    for moment, path in _moments(folder, config).items():
+    judge_by = Unhidden(build_attack(config, num_steps=10), Square(config.eps, QUERIES))
+    moments = _moments(folder, config)
+    ended = build_model(config, examples, torch.device("cpu"))
+    last = load_weights(moments["end"], ended)["extra"]["epoch"]
+    network = _accuracies(ended, points, judge_by, config.seed)
+    yield {"what": "run", "moment": "end", "epoch": last, **network, "n": len(points)}
+    for moment, path in moments.items():
         epoch = load_weights(path, model)["extra"]["epoch"]
         place = {"moment": moment, "epoch": epoch}
-        network = _accuracies(model, points, judge_by, config.seed)
-        if moment == "end":
-            yield {"what": "run", **place, **network, "n": len(points)}
         kernel = _class_kernels(model, examples, config)
         yield {"what": "kernel", **place, **_described(kernel, folder, config, examples, moment)}
         peak = PROBED / float(torch.linalg.eigvalsh(kernel.double()).amax(dim=1).mean())
-        for offset in OFFSETS:
-            for name, attack in _crafting(config).items():
-                frozen = _linearized(model, zero_offset=offset == "zero")
-                train_frozen(
-                    frozen,
-                    examples.train,
-                    attack=attack,
-                    steps=STEPS,
-                    batch_size=BATCH,
-                    peak=peak,
-                    seed=config.seed,
-                )
-                accuracies = _accuracies(frozen, points, judge_by, config.seed)
-                yield {"what": "frozen", **place, "offset": offset, "examples": name, **accuracies}
+        crafting = _crafting(config)
+        for offset, name, steps in _trainings(config.method["name"], moment):
+            frozen = _linearized(model, zero_offset=offset == "zero")
+            train_frozen(
+                frozen,
+                examples.train,
+                attack=crafting[name],
+                steps=steps,
+                batch_size=BATCH,
+                peak=peak,
+                seed=config.seed,
+            )
+            accuracies = _accuracies(frozen, points, judge_by, config.seed)
+            yield {
+                "what": "frozen",
+                **place,
+                "offset": offset,
+                "examples": name,
+                "steps": steps,
+                **accuracies,
+            }
         yield {
             "what": "regression",
             **place,
-            **_regression(model, kernel, examples, points, judge_by, config),
+            **_regression(model, kernel, examples, points, judge_by, ended, config),
+            **{f"network_{name}": value for name, value in network.items()},
         }
+
+
+def _trainings(method: str, moment: str) -> Iterator[tuple[str, str, int]]:
+    """(offset, examples, steps) of the linearised networks; of the untrained kernel there is regression."""
+    if moment != "start":
+        yield from product(OFFSETS, EXAMPLES, (STEPS,))
+    if method == "pgd" and moment in ("early", "middle"):
+        yield from product(("kept",), ("clean", "pgd"), (LONG,))
 
 
 def _moments(folder: Path, config: RunConfig) -> dict[str, Path]:
@@ -199,9 +234,39 @@ def _linearized(model: nn.Module, *, zero_offset: bool) -> Linearized:
     return Linearized(model, zero_offset=zero_offset)
 
 
-def _accuracies(model: nn.Module, points: Split, attack: Attack, seed: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Unhidden:
+    """PGD, and Square where the network withstands it."""
+
+    pgd: Attack
+    square: Square
+
+    @property
+    def eps(self) -> float:
+        return self.square.eps
+
+    @property
+    def passes(self) -> Passes:
+        return self.pgd.passes.plus(self.square.passes)
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        crafted = self.pgd(model, x, y, generator=generator).clone()
+        with torch.no_grad():
+            left = model(crafted).argmax(dim=1) == y
+        if left.any():
+            crafted[left] = self.square(model, x[left], y[left], generator=generator)
+        return crafted
+
+
+def _accuracies(model: nn.Module, points: Split, attack: Unhidden, seed: int) -> dict[str, float]:
     device = torch.device("cpu")
-    attacks = {"clean_accuracy": None, "robust_accuracy": attack}
+    attacks: dict[str, Attack | None] = {
+        "clean_accuracy": None,
+        "pgd_accuracy": attack.pgd,
+        "robust_accuracy": attack,
+    }
     return {
         name: count_correct(model, points, one, seed=seed, device=device) / len(points)
         for name, one in attacks.items()
@@ -247,9 +312,15 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, *, ridge: float) -> tuple[Linear
 
 
 def _regression(
-    model: nn.Module, kernel: Tensor, examples: Examples, points: Split, attack: Attack, config: RunConfig
+    model: nn.Module,
+    kernel: Tensor,
+    examples: Examples,
+    points: Split,
+    attack: Unhidden,
+    ended: nn.Module,
+    config: RunConfig,
 ) -> dict[str, Any]:
-    """Regression of centred one-hot targets, and what its adversarial examples do to the network."""
+    """Regression of centred one-hot targets, and what its adversarial examples do to the ended network."""
     index = data.class_balanced(examples.train.labels, FITTED, seed=config.seed, name="transfer/fitted")
     classes = examples.dataset.num_classes
     targets = F.one_hot(examples.train.labels[index], classes) - 1 / classes
@@ -257,12 +328,10 @@ def _regression(
     ridge = RIDGE * float(kernel.diagonal(dim1=-2, dim2=-1).mean())
     fitted, found = fit(model, examples.train.x(index), targets, ridge=ridge)
     noise = randomness.generator(config.seed, "transfer/crafting")
-    transferred = accuracy(model, points.x(), points.labels, attack, generator=noise, against=fitted)
-    network = _accuracies(model, points, attack, config.seed)
+    transferred = accuracy(ended, points.x(), points.labels, attack.pgd, generator=noise, against=fitted)
     return {
         **_accuracies(fitted, points, attack, config.seed),
         "transferred_accuracy": transferred,
-        **{f"network_{name}": value for name, value in network.items()},
         "residual": found.residual,
         "products": found.products,
     }
@@ -275,26 +344,26 @@ class Measured:
     """One seed's numbers; asking for one that was not measured raises KeyError."""
 
     def __init__(self, lines: Sequence[Values]) -> None:
-        keys = ("what", "method", "moment", "offset", "examples")
+        keys = ("what", "method", "moment", "offset", "examples", "steps")
         self._lines = {tuple(map(line.get, keys)): line for line in lines}
 
     def network(self, method: str) -> float:
         """Robust accuracy at the end, points."""
-        return 100 * float(self._lines["run", method, "end", None, None]["robust_accuracy"])
+        return 100 * float(self._lines["run", method, "end", None, None, None]["robust_accuracy"])
 
-    def frozen(self, method: str, moment: str, offset: str, examples: str) -> float:
+    def frozen(self, method: str, moment: str, offset: str, examples: str, steps: int = STEPS) -> float:
         """Robust accuracy of the linearised network, points."""
-        return 100 * float(self._lines["frozen", method, moment, offset, examples]["robust_accuracy"])
+        return 100 * float(self._lines["frozen", method, moment, offset, examples, steps]["robust_accuracy"])
 
-    def regression(self, method: str, name: str) -> float:
-        """That number of the regression with the last kernel."""
-        return float(self._lines["regression", method, "end", None, None][name])
+    def regression(self, method: str, name: str, moment: str = "end") -> float:
+        """That number of the regression with the kernel of that moment."""
+        return float(self._lines["regression", method, moment, None, None, None][name])
 
 
-def _training_free(found: Measured) -> float:
+def _takes(found: Measured, method: str, moment: str) -> float:
     clean, robust, transferred = (
-        found.regression("pgd", name)
-        for name in ("network_clean_accuracy", "network_robust_accuracy", "transferred_accuracy")
+        found.regression(method, name, moment)
+        for name in ("network_clean_accuracy", "network_pgd_accuracy", "transferred_accuracy")
     )
     if clean <= robust:
         raise KeyError("nothing is taken")
@@ -302,10 +371,11 @@ def _training_free(found: Measured) -> float:
 
 
 EFFECTS: dict[Claim, Callable[[Measured], float]] = {
-    SUFFICES: lambda found: found.network("pgd") - found.frozen("pgd", "middle", "kept", "pgd"),
-    EARLY: lambda found: found.network("pgd") - found.frozen("pgd", "early", "kept", "pgd"),
+    SUFFICES: lambda found: found.network("pgd") - found.frozen("pgd", "middle", "kept", "pgd", LONG),
+    EARLY: lambda found: found.network("pgd") - found.frozen("pgd", "early", "kept", "pgd", LONG),
     CLEAN: lambda found: (
-        found.frozen("pgd", "middle", "kept", "pgd") - found.frozen("pgd", "middle", "kept", "clean")
+        found.frozen("pgd", "middle", "kept", "pgd", LONG)
+        - found.frozen("pgd", "middle", "kept", "clean", LONG)
     ),
     KERNEL_OR_EXAMPLES: lambda found: (
         found.frozen("pgd", "end", "zero", "clean") - found.frozen("standard", "end", "zero", "pgd")
@@ -316,7 +386,8 @@ EFFECTS: dict[Claim, Callable[[Measured], float]] = {
     REGRESSION: lambda found: (
         100 * (found.regression("pgd", "robust_accuracy") - found.regression("standard", "robust_accuracy"))
     ),
-    TRAINING_FREE: _training_free,
+    TRAINING_FREE: lambda found: _takes(found, "standard", "start"),
+    LAST_KERNEL: lambda found: _takes(found, "pgd", "end"),
 }
 
 
@@ -328,7 +399,8 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
 # --- figures ---------------------------------------------------------------------------------------------
 
 _ACCURACIES = (
-    Quantity("robust_accuracy", "robust accuracy (PGD-10)", percent=True),
+    Quantity("robust_accuracy", "robust accuracy (PGD-10 and Square)", percent=True),
+    Quantity("pgd_accuracy", "accuracy under PGD-10 alone", percent=True),
     Quantity("clean_accuracy", "clean accuracy", percent=True),
 )
 FIGURES = (
@@ -343,21 +415,39 @@ FIGURES = (
             colour="examples",
             panels="moment",
             views="y",
-            where={"what": "frozen", "offset": offset},
+            where={"what": "frozen", "offset": offset, "steps": STEPS},
         )
         for offset in OFFSETS
     ),
     ValueFigure(
+        key="long",
+        title="Held against the network",
+        caption="The kernel of PGD training frozen early and in the middle, offset kept, by the steps that "
+        "it was trained for.",
+        y=_ACCURACIES,
+        x="steps",
+        colour="examples",
+        panels="moment",
+        views="y",
+        where={
+            "what": "frozen",
+            "method": "pgd",
+            "offset": "kept",
+            "moment": ("early", "middle"),
+            "examples": ("clean", "pgd"),
+        },
+    ),
+    ValueFigure(
         key="regression",
         title="Kernel regression, and examples that it makes alone",
-        caption="Accuracy of the regression on clean and on its own PGD-10 examples, and of the network on "
-        "clean examples, on its own PGD-10 examples and on the regression's.",
+        caption="Accuracy of the regression on clean and on its own PGD-10 examples, and of the network that "
+        "training ends with on clean examples, on its own PGD-10 examples and on the regression's.",
         y=(
             Quantity("clean_accuracy", "accuracy", "regression, clean", percent=True),
-            Quantity("robust_accuracy", "accuracy", "regression, its own examples", percent=True),
+            Quantity("pgd_accuracy", "accuracy", "regression, its own examples", percent=True),
             Quantity("network_clean_accuracy", "accuracy", "network, clean", percent=True),
             Quantity("transferred_accuracy", "accuracy", "network, the regression's examples", percent=True),
-            Quantity("network_robust_accuracy", "accuracy", "network, its own examples", percent=True),
+            Quantity("network_pgd_accuracy", "accuracy", "network, its own examples", percent=True),
         ),
         x="method",
         colour="y",
