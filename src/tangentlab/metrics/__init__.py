@@ -26,6 +26,7 @@ from tangentlab.metrics.estimates import (
 from tangentlab.metrics.intervals import Interval, jackknife, mean_interval, wilson_interval
 from tangentlab.metrics.lanczos import Eigenpairs, top_eigenpairs
 from tangentlab.metrics.overfitting import (
+    COLLAPSE_SHARE,
     PARTING_DISTANCE,
     Collapse,
     catastrophic_overfitting,
@@ -45,6 +46,7 @@ from tangentlab.metrics.spectrum import (
 from tangentlab.metrics.stages import Stages, find_stages
 
 __all__ = [
+    "COLLAPSE_SHARE",
     "PARTING_DISTANCE",
     "Collapse",
     "Eigenpairs",

@@ -27,9 +27,9 @@ from tangentlab.training import (
 class Alarming:
     """Looks every ``every`` steps; while the alarm is raised ``instead`` makes the steps, where there is one.
 
-    The weights of the last look before the first alarm are kept as a checkpoint, and the user is told. With
-    ``restore`` training goes back to those of the last quiet look whenever the alarm is raised. Where the
-    alarm steers, its cost is the training's. Of several processes the first looks and tells the others.
+    Each time that the alarm is raised the weights of the last quiet look are kept as a checkpoint, in the
+    place of those kept before, and the user is told. With ``restore`` training goes back to them too. Where
+    the alarm steers, its cost is the training's. Of several processes the first looks and tells the others.
     """
 
     alarm: OverfittingAlarm
@@ -73,7 +73,7 @@ class Alarming:
     def _look(self, state: TrainingState, log: Log) -> bool:
         """Whether training is to go back to the good weights."""
         check_parameters(state)
-        before, silent, quiet = self.alarm.cost, self.alarm.spoke_at is None, not self.alarm.raised
+        before, quiet = self.alarm.cost, not self.alarm.raised
         with timed(state, "probe" if self.instead is None else "steering"):
             raised = self.alarm.update(state.model, state.step)
         if self.instead is not None:
@@ -87,9 +87,9 @@ class Alarming:
             | {"alarm/raised": raised}
             | ({"alarm/restored": returns} if self.restore else {}),
         )
-        if silent and raised:
+        if quiet and raised:
             self._speak(state, log)
-        elif silent:
+        elif not raised:
             self.kept = {name: tensor.detach().clone() for name, tensor in judged_weights(state).items()}
             self.kept_at = state.step
         if self.restore and not raised:

@@ -6,14 +6,14 @@ seed; its mean over seeds has Student's interval, and the verdict follows from w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal, TypeVar
 
 from tangentlab.errors import ConfigError
-from tangentlab.metrics import mean_interval
+from tangentlab.metrics import mean_interval, wilson_interval
 
 LEAST_SEEDS = 3
 PAPER = "arXiv 2312.02236"
@@ -51,8 +51,8 @@ class Verdict:
         claim: judged.
         setting: data, network and training that it was judged in.
         values: seed -> effect.
-        effect: their mean; None without any.
-        interval: 95 % Student interval of the mean; None for fewer than two seeds.
+        effect: their mean, or the share of all runs; None without any.
+        interval: 95 %, Student's of the mean or Wilson's of the share; None for fewer than two seeds.
         verdict: supported or refuted where the whole interval lies on that side of the threshold; else, and
             with fewer than three seeds, inconclusive.
     """
@@ -92,19 +92,44 @@ def judge(claim: Claim, setting: str, values: Mapping[int, float]) -> Verdict:
     'inconclusive'
     """
     known = dict(sorted(values.items()))
-    if not known:
-        return Verdict(claim, setting, known, None, None, "inconclusive")
-    effect = fmean(known.values())
-    if len(known) < 2:
-        return Verdict(claim, setting, known, effect, None, "inconclusive")
-    low, high = mean_interval(list(known.values()))
+    effect = fmean(known.values()) if known else None
+    return _judged(claim, setting, known, effect, lambda: mean_interval(list(known.values())))
+
+
+def judge_share(claim: Claim, setting: str, outcomes: Mapping[int, Sequence[bool]]) -> Verdict:
+    """The verdict on a share of runs, of which seeds have several: near 0 and 1 a few seeds that agree have
+    no spread, and Student's interval would be a point.
+
+    >>> claim = Claim("demo/most", "More than 0.9 of the runs.", "share of a seed's runs", threshold=0.9)
+    >>> judge_share(claim, "nowhere", {seed: [True] * 4 for seed in range(5)}).verdict
+    'inconclusive'
+    >>> judge_share(claim, "nowhere", {seed: [True] * 4 for seed in range(10)}).verdict
+    'supported'
+    """
+    known = {seed: list(own) for seed, own in sorted(outcomes.items()) if own}
+    runs = [outcome for own in known.values() for outcome in own]
+    shares = {seed: fmean(own) for seed, own in known.items()}
+    effect = fmean(runs) if runs else None
+    return _judged(claim, setting, shares, effect, lambda: wilson_interval(sum(runs), len(runs)))
+
+
+def _judged(
+    claim: Claim,
+    setting: str,
+    values: Mapping[int, float],
+    effect: float | None,
+    interval: Callable[[], tuple[float, float]],
+) -> Verdict:
+    if len(values) < 2:
+        return Verdict(claim, setting, values, effect, None, "inconclusive")
+    low, high = interval()
     word: Word = "inconclusive"
-    if len(known) >= LEAST_SEEDS and (low > claim.threshold or high < claim.threshold):
+    if len(values) >= LEAST_SEEDS and (low > claim.threshold or high < claim.threshold):
         word = "supported" if (low > claim.threshold) == claim.above else "refuted"
-    return Verdict(claim, setting, known, effect, (low, high), word)
+    return Verdict(claim, setting, values, effect, (low, high), word)
 
 
-def measured(seeds: Iterable[int], effect: Callable[[int], float]) -> dict[int, float]:
+def measured(seeds: Iterable[int], effect: Callable[[int], T]) -> dict[int, T]:
     """seed -> effect, of the seeds where all that it needs was measured: it raises KeyError elsewhere."""
     found = {}
     for seed in seeds:

@@ -2,22 +2,24 @@
 
 Asked: arXiv 2312.02236 explains the collapse of single-step training by the kernel's spectrum. FGSM and
 FGSM-RS training over eps collapse or do not; PGD, N-FGSM and GradAlign training are the controls. At every
-second kept checkpoint, an epoch apart, all signals are taken, the kernel's and the rivals', and at every one
-the cheap ones (tangentlab.studies.overfitting_signals).
+kept checkpoint all signals are taken, the kernel's and the rivals', whatever they cost, and the cheap ones
+(tangentlab.studies.overfitting_signals).
 
-Each is watched in several ways, and may speak or not (tangentlab.studies.overfitting_watches). Thresholds are
-set and the best signals chosen on the even seeds; the verdicts are on the odd seeds alone. The first epoch is
-not watched, and runs that never learned are left out. A collapse is that of
-tangentlab.metrics.catastrophic_overfitting, by PGD-10 on the validation split: an alarm is in time if it
-speaks before PGD accuracy has lost half of its best.
+Each is watched in several ways, and may speak or not; what a collapse is, and a quiet run, says
+tangentlab.studies.overfitting_watches. Each seed is judged by the thresholds and the choice of the others;
+seeds 0 and 1, on which eps, rates and the shipped threshold were chosen, by none. The first epoch is not
+watched. An alarm is in time if it speaks before PGD accuracy (PGD-10, validation split) has lost half of its
+best. The shipped alarm looks on by itself as every run trains, as a user's would.
 
-The lines of values.jsonl, by ``what``: "run", its collapse if any; "signals" of a checkpoint; "again", the
-same on other examples, now and then: a signal's noise. What each signal is worth is derived from them
-(study.json, "derived"). Hardware and time: a CPU.
+The lines of values.jsonl, by ``what``: "run", its accuracies and its alarm; "signals" of a checkpoint;
+"again", the same on other examples, now and then: a signal's noise. What each signal is worth is derived from
+them (study.json, "derived"). Hardware and time: a CPU.
 """
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -26,20 +28,18 @@ from statistics import fmean
 
 import torch
 
-from tangentlab import data, metrics
-from tangentlab.probes.overfitting_alarm import THRESHOLD
+from tangentlab import data
 from tangentlab.records import read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import build_data, build_model
 from tangentlab.runs.evaluation import kept_checkpoints
-from tangentlab.studies.claims import PAPER, Claim, Verdict, judge
+from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, judge_share
 from tangentlab.studies.overfitting_signals import (
     BUDGET,
-    COSTS,
+    EXAMPLES,
     INPUTS,
     PAIRS,
-    POOLED_SHARE,
     PROBED,
     RIVALS,
     PooledSignals,
@@ -48,10 +48,12 @@ from tangentlab.studies.overfitting_signals import (
 )
 from tangentlab.studies.overfitting_watches import (
     SINGLE_STEP,
+    TUNING_SEEDS,
     Chosen,
     Watch,
-    choose,
-    even_and_odd,
+    detection,
+    fate,
+    folds,
     seen_runs,
     watch_noise,
     watch_worth,
@@ -68,21 +70,23 @@ class Tier:
         config: a shipped configuration.
         words: overrides of it.
         eps: radii that every method trains at.
+        every: epochs between checkpoints, and evaluations.
     """
 
     config: str
     words: str
     eps: tuple[float, ...]
+    every: float = 0.25
     controls: tuple[str, ...] = ("pgd", "n_fgsm", "grad_align")
     collapsing: tuple[str, ...] = SINGLE_STEP
 
 
 _COMMON = (
-    "--probe.size=0 --threads=1 --training.keep_every=0.5 --evaluation.every=0.5 --evaluation.num_steps=10 "
-    "--evaluation.test_num_steps=10 --evaluation.test_size=200"
+    "--probe.size=0 --threads=1 --evaluation.num_steps=10 --evaluation.test_num_steps=10 "
+    "--evaluation.test_size=200 --alarm.every=0.25"
 )
 TIERS = {
-    0: Tier("digits", "", (0.2, 0.28, 0.34)),
+    0: Tier("digits", "", (0.2, 0.28, 0.34), every=0.5),
     1: Tier(
         "fashion-mnist",
         # At a rate of 0.1 networks die or hardly learn; from eps 0.25 on they collapse in the first epoch.
@@ -90,14 +94,15 @@ TIERS = {
         "--training.learning_rate=0.02 --channels_last=true",
         (0.15, 0.2, 0.22),
     ),
-    2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), ("pgd",), ("fgsm",)),
+    2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), 0.25, ("pgd",), SINGLE_STEP),
 }
-FULL = 2  # looks between those that are not only cheap
-AGAIN = 8  # looks between those on other examples
+AGAIN = 4  # looks between those on other examples
 AFTERWARDS = 3  # epochs that are looked at after a collapse
 # Epochs to a collapse, for figures: above so many.
 WHEN = {"over 8 before": 8, "4 to 8": 4, "2 to 4": 2, "1 to 2": 1, "the last": 0}
 AFTER = "after"
+
+FATES = ("collapsed", "quiet", "neither", "unlearned")
 
 # --- runs ------------------------------------------------------------------------------------------------
 
@@ -109,6 +114,7 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
     for method, eps in product((*chosen.collapsing, *chosen.controls), chosen.eps):
         name = f"{method}-{eps:.3g}"
         words = f"{_COMMON} {chosen.words} --eps={eps} --method={method} --name={name}"
+        words += f" --training.keep_every={chosen.every} --evaluation.every={chosen.every}"
         # As the demo: crafting leaves BatchNorm's buffers alone.
         words += " --method.buffer_updates=[loss]"
         for seed in seeds:
@@ -124,62 +130,109 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     record = read_run(folder)
     epochs, robust = record.series("robust_accuracy")
     fgsm = record.series("fgsm_accuracy")[1]
-    collapse = metrics.catastrophic_overfitting(epochs, fgsm, robust)
     step, epoch = record.metrics[-1]["step"], record.metrics[-1]["epoch"]
-    yield {
+    times, raised = record.series("alarm/raised")
+    run = {
         "what": "run",
         "eps": config.eps,
-        "best_robust_accuracy": max(robust[1:]),
-        "last_robust_accuracy": robust[-1],
-        "last_fgsm_accuracy": fgsm[-1],
+        "epochs": epochs,
+        "robust_accuracy": robust,
+        "fgsm_accuracy": fgsm,
+        "clean_accuracy": record.series("clean_accuracy")[1],
         "steps_per_epoch": step / epoch,
-        "collapse": None if collapse is None else collapse.epoch,
+        "raised_at": next((at for at, answer in zip(times, raised, strict=True) if answer), None),
+        "looks": len(times),
+        "images": config.data.train_size or len(build_data(config).train),
+        **{f"{name}_seconds": record.status[f"{name}_seconds"] for name in ("train", "probe")},
     }
+    name, collapse = fate(run)
+    yield {**run, "fate": name, "collapse": collapse}
     examples = build_data(config)
     model = build_model(config, examples, torch.device("cpu"))
-    size = max(PROBED, *(BUDGET // cost for cost in COSTS.values()))
+    size = max(PROBED, EXAMPLES)
     # Disjoint; the first PROBED of either have equally many of each class.
     sets = data.class_balanced(examples.train.labels, 2 * size, seed=config.seed).split(size)
     first, second = ((examples.train.x(index), examples.train.labels[index]) for index in sets)
     pooled = PooledSignals(*first, config)
     for look, (number, path) in enumerate(kept_checkpoints(folder).items()):
         at = load_weights(path, model)["extra"]["epoch"]
-        if collapse is not None and at > collapse.epoch + AFTERWARDS:
+        if collapse is not None and at > collapse + AFTERWARDS:
             break
         for what, points in {"signals": first, **({} if look % AGAIN else {"again": second})}.items():
+            begun = time.perf_counter()
             seen = cheap_signals(model, *points, config)
+            between = time.perf_counter()
             seen |= pooled.look(model, number) if what == "signals" else {}
-            seen |= {} if look % FULL else full_signals(model, *points, config)
+            middle = time.perf_counter()
+            seen |= full_signals(model, *points, config)
+            seen |= {"cheap_seconds": between - begun, "full_seconds": time.perf_counter() - middle}
             rounded = {name: float(f"{value:.4g}") for name, value in seen.items()}
             yield {"what": what, "eps": config.eps, "step": number, "epoch": at, **rounded}
 
 
 def derive(values: Sequence[Values]) -> Iterator[Values]:
-    """For each watch and odd seed: share of collapses it spoke before, lead, false alarms; of a level
-    what it rises by over its noise between sets of examples too. And the share's factors about a collapse."""
-    for run in seen_runs(values):
+    """The fates; the update share's factors about a collapse; for each seed and signal what its best watch is
+    worth by the others' choice, and of a level what it rises by over its noise between sets of examples; the
+    area under each signal's ROC over all runs, by the watch that most seeds prefer, and the ROC of the best
+    of each kind."""
+    for line in values:
+        if line["what"] == "run":
+            became = fate(line)[0]
+            yield {
+                "what": "fate",
+                **{key: line[key] for key in ("seed", "method", "eps")},
+                **{name: float(became == name) for name in FATES},
+            }
+    runs = seen_runs(values)
+    for run in runs:
         if run.collapse is None:
             continue
         for epoch, kernel, rest in run.factors():
-            when = next((name for name, least in WHEN.items() if run.collapse - epoch > least), AFTER)
-            line = {"update_share": kernel * rest, "kernel_share": kernel, "derivative_share": rest}
-            yield {"what": "factors", "seed": run.seed, "method": run.method, "when": when, **line}
-    even, odd = even_and_odd(values)
-    for one in choose(even):
-        for seed, runs in odd.items():
-            noise = watch_noise(one.watch, runs) if one.watch.form == "level" else {}
+            if rest is not None:
+                when = next((name for name, least in WHEN.items() if run.collapse - epoch > least), AFTER)
+                shares = {
+                    "update_share": kernel * rest,
+                    "kernel_share": kernel,
+                    "derivative_share": rest,
+                }
+                yield {"what": "factors", "seed": run.seed, "method": run.method, "when": when, **shares}
+    preferred: dict[str, Counter[Watch]] = {}
+    for seed, own, order in folds(values):
+        of_signal: dict[str, Chosen] = {}
+        for one in order:
+            of_signal.setdefault(one.watch.signal, one)
+        for signal, one in of_signal.items():
+            preferred.setdefault(signal, Counter())[one.watch] += 1
+            noise = watch_noise(one.watch, own) if one.watch.form == "level" else {}
             yield {
                 "what": "watch",
-                "signal": one.watch.signal,
+                **_of_watch(one.watch),
                 "watch": str(one.watch),
-                "family": one.watch.family,
                 "seed": seed,
                 "chosen_in_time": one.in_time,
                 "threshold": one.threshold,
-                "cost": "cheap" if one.watch.cheap else "any",
-                **watch_worth(one, runs),
+                **watch_worth(one, own),
                 **noise,
             }
+    found = [
+        (seen[0], watch, seen[1])
+        for watch in (counts.most_common(1)[0][0] for counts in preferred.values())
+        if (seen := detection(watch, runs)) is not None
+    ]
+    drawn = set()
+    for area, watch, points in sorted(found, key=lambda one: -one[0]):
+        told = {**_of_watch(watch), "watch": str(watch), "seed": "all"}
+        yield {"what": "area", **told, "area": area}
+        kind = (watch.family, watch.cheap)
+        if kind not in drawn:
+            drawn.add(kind)
+            for place, (false_alarms, detected) in enumerate(points):
+                at = {"place": place, "false_alarms": false_alarms, "detected": detected}
+                yield {"what": "roc", **told, **at}
+
+
+def _of_watch(watch: Watch) -> Values:
+    return {"signal": watch.signal, "family": watch.family, "cost": "cheap" if watch.cheap else "any"}
 
 
 # --- claims ----------------------------------------------------------------------------------------------
@@ -188,14 +241,14 @@ IN_TIME = Claim(
     "overfitting/in-time",
     "The kernel's best signal, chosen on other seeds, speaks before PGD accuracy has lost half of its best "
     "in more than 90 % of the runs that collapse.",
-    "share of a seed's collapsing runs",
+    "share of the collapsing runs",
     0.9,
     source=f"{PAPER}, with a figure of ours",
 )
 QUIET = Claim(
     "overfitting/false-alarms",
     "That signal speaks in less than 10 % of the runs that never collapse.",
-    "share of a seed's quiet runs",
+    "share of the quiet runs",
     0.1,
     above=False,
 )
@@ -209,13 +262,13 @@ CHEAP_IN_TIME = Claim(
     "overfitting/cheap-in-time",
     f"At {BUDGET} passes a look the kernel's best signal speaks in time in more than 90 % of the runs that "
     "collapse.",
-    "share of a seed's collapsing runs",
+    "share of the collapsing runs",
     0.9,
 )
 CHEAP_QUIET = Claim(
     "overfitting/cheap-false-alarms",
     "That signal speaks in less than 10 % of the runs that never collapse.",
-    "share of a seed's quiet runs",
+    "share of the quiet runs",
     0.1,
     above=False,
 )
@@ -229,13 +282,13 @@ DEPLOYED = Claim(
     "overfitting/deployed",
     "The alarm as it is shipped speaks before PGD accuracy has lost half of its best in more than 90 % of "
     "the runs that collapse.",
-    "share of a seed's collapsing runs",
+    "share of the collapsing runs",
     0.9,
 )
 DEPLOYED_QUIET = Claim(
     "overfitting/deployed-false-alarms",
     "The alarm as it is shipped speaks in less than 5 % of the runs that never collapse.",
-    "share of a seed's quiet runs",
+    "share of the quiet runs",
     0.05,
     above=False,
 )
@@ -243,18 +296,25 @@ SPECTRUM_ALONE = Claim(
     "overfitting/spectrum",
     "The spectrum of the kernel on clean inputs is enough: its best signal speaks in time in more than half "
     "of the runs that collapse.",
-    "share of a seed's collapsing runs",
+    "share of the collapsing runs",
     0.5,
     source=f"{PAPER}, as we read it",
 )
 KERNEL_FIRST = Claim(
     "overfitting/kernel-first",
-    "Of the update share the kernel's factor goes first: at the last look before the collapse it is below "
-    "that of the losses' derivatives.",
-    "r_Pᵀ Θ(x_F, x_P) r_P / ‖g_P‖² minus the share over it, mean over a seed's collapsing runs",
-    0.0,
-    above=False,
+    "Of the update share's factors the kernel's goes first: in more than half of the runs that collapse it "
+    "falls below half before that of the losses' derivatives.",
+    "share of the collapsing runs in which one of r_Pᵀ Θ(x_F, x_P) r_P / ‖g_P‖² and the share over it does",
+    0.5,
     source=f"{PAPER}, as we read it",
+)
+TIME = Claim(
+    "overfitting/time",
+    "At four looks an epoch of 20,000 images the shipped alarm takes less than 3 % of the training time.",
+    "seconds of its looks, as many an epoch as here, over those of training on so many images; of a seed's "
+    "FGSM runs",
+    0.03,
+    above=False,
 )
 CLAIMS = (
     IN_TIME,
@@ -265,52 +325,62 @@ CLAIMS = (
     CHEAP_EARLIER,
     DEPLOYED,
     DEPLOYED_QUIET,
+    TIME,
     SPECTRUM_ALONE,
     KERNEL_FIRST,
 )
-SHIPPED = Watch(f"cheap/{POOLED_SHARE}", "level", -1)
+SHARES = {IN_TIME, QUIET, CHEAP_IN_TIME, CHEAP_QUIET, DEPLOYED, DEPLOYED_QUIET, SPECTRUM_ALONE, KERNEL_FIRST}
+IMAGES = 20_000  # an epoch, that the alarm's time is judged at
 
 
 def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
-    """The verdicts, on the odd seeds."""
-    even, odd = even_and_odd(values)
-    order = choose(even)
-
-    def best(family: str, *, cheap: bool) -> Chosen | None:
-        return next((one for one in order if (one.watch.family, one.watch.cheap) == (family, cheap)), None)
-
+    """The verdicts: shares over all judged runs, each by its seed's fold."""
+    outcomes: dict[Claim, dict[int, list[bool]]] = {claim: {} for claim in SHARES}
     effects: dict[Claim, dict[int, float]] = {claim: {} for claim in CLAIMS}
-    for cheap, (in_time, quiet, earlier) in {
-        False: (IN_TIME, QUIET, EARLIER),
-        True: (CHEAP_IN_TIME, CHEAP_QUIET, CHEAP_EARLIER),
-    }.items():
-        kernel, rival = best("kernel", cheap=cheap), best("rival", cheap=cheap)
-        if kernel is None or rival is None:
-            continue
-        for seed, runs in odd.items():
-            of_kernel, of_rival = (watch_worth(one, runs) for one in (kernel, rival))
-            if "in_time" in of_kernel:
-                effects[in_time][seed] = of_kernel["in_time"]
-                effects[earlier][seed] = of_kernel["lead"] - of_rival["lead"]
-            if "false_alarms" in of_kernel:
-                effects[quiet][seed] = of_kernel["false_alarms"]
-    shipped = Chosen(SHIPPED, -THRESHOLD)
-    for seed, runs in odd.items():
-        worth = watch_worth(shipped, runs)
-        if "in_time" in worth:
-            effects[DEPLOYED][seed] = worth["in_time"]
-        if "false_alarms" in worth:
-            effects[DEPLOYED_QUIET][seed] = worth["false_alarms"]
-        firsts = [first for run in runs if run.collapse and (first := run.kernel_first()) is not None]
-        if firsts:
-            effects[KERNEL_FIRST][seed] = fmean(firsts)
-    clean = next((one for one in order if one.watch.signal.startswith("clean/")), None)
-    if clean is not None:
-        worths = {seed: watch_worth(clean, runs) for seed, runs in odd.items()}
-        effects[SPECTRUM_ALONE] = {
-            seed: worth["in_time"] for seed, worth in worths.items() if "in_time" in worth
-        }
-    return [judge(claim, setting, effects[claim]) for claim in CLAIMS]
+    for seed, runs, order in folds(values):
+        collapsing = [run for run in runs if run.collapse is not None]
+        quiet = [run for run in runs if run.collapse is None]
+        for cheap, (in_time, silent, earlier) in {
+            False: (IN_TIME, QUIET, EARLIER),
+            True: (CHEAP_IN_TIME, CHEAP_QUIET, CHEAP_EARLIER),
+        }.items():
+            kernel, rival = (_best(order, family, cheap=cheap) for family in ("kernel", "rival"))
+            if kernel is not None:
+                outcomes[in_time][seed] = [run.lead(kernel) > 0 for run in collapsing]
+                outcomes[silent][seed] = [run.exceeds(kernel) for run in quiet]
+            if collapsing and order:  # a family of which no signal is chosen says nothing
+                ours, theirs = (
+                    fmean(run.lead(one) if one else 0.0 for run in collapsing) for one in (kernel, rival)
+                )
+                effects[earlier][seed] = ours - theirs
+        clean = next((one for one in order if one.watch.signal.startswith("clean/")), None)
+        if clean is not None:
+            outcomes[SPECTRUM_ALONE][seed] = [run.lead(clean) > 0 for run in collapsing]
+        outcomes[DEPLOYED][seed] = [run.steps_until_collapse(run.raised_at) > 0 for run in collapsing]
+        outcomes[DEPLOYED_QUIET][seed] = [run.raised_at is not None for run in quiet]
+        firsts = [run.kernel_first() for run in collapsing]
+        outcomes[KERNEL_FIRST][seed] = [first for first in firsts if first is not None]
+    effects[TIME] = _alarm_time(values)
+    return [
+        judge_share(claim, setting, outcomes[claim])
+        if claim in SHARES
+        else judge(claim, setting, effects[claim])
+        for claim in CLAIMS
+    ]
+
+
+def _best(order: Sequence[Chosen], family: str, *, cheap: bool) -> Chosen | None:
+    return next((one for one in order if (one.watch.family, one.watch.cheap) == (family, cheap)), None)
+
+
+def _alarm_time(values: Sequence[Values]) -> dict[int, float]:
+    """seed -> the share of the looks in the training time at IMAGES an epoch."""
+    found: dict[int, list[float]] = {}
+    for line in values:
+        if line["what"] == "run" and line["method"] == "fgsm" and line["seed"] not in TUNING_SEEDS:
+            training = line["train_seconds"] * IMAGES / line["images"]
+            found.setdefault(line["seed"], []).append(line["probe_seconds"] / training)
+    return {seed: fmean(shares) for seed, shares in found.items()}
 
 
 # --- figures ---------------------------------------------------------------------------------------------
@@ -319,18 +389,49 @@ FIGURES = (
     ValueFigure(
         key="in-time",
         title="Which signal speaks in time",
-        caption="Share of the collapsing runs of the odd seeds that a signal speaks before, its threshold "
-        "from the quiet runs of the even seeds; the best on these first.",
+        caption="Share of a seed's collapsing runs that a signal speaks before, watched in the way and with "
+        "the threshold that the other seeds choose; the best on these first.",
         y=(
             Quantity("in_time", "spoke in time", percent=True),
             Quantity("lead", "lead (steps)"),
             Quantity("false_alarms", "false alarms", percent=True),
         ),
-        x="watch",
+        x="signal",
         colour="family",
         panels="cost",
         views="y",
         where={"what": "watch"},
+    ),
+    ValueFigure(
+        key="area",
+        title="Telling runs that collapse from quiet ones",
+        caption="Area under the ROC of a run's highest score until the collapse, over all judged runs.",
+        y=(Quantity("area", "area under the ROC"),),
+        x="signal",
+        colour="family",
+        panels="cost",
+        where={"what": "area"},
+    ),
+    ValueFigure(
+        key="roc",
+        title="Detections against false alarms",
+        caption="ROC of the best kernel signal and the best rival, at any cost and cheap, over all runs.",
+        y=(Quantity("detected", "collapsing runs that lie above", percent=True),),
+        x=Quantity("false_alarms", "quiet runs that lie above", percent=True),
+        point="place",
+        colour="watch",
+        where={"what": "roc"},
+    ),
+    ValueFigure(
+        key="fates",
+        title="What became of the runs",
+        caption="Of each method's runs; neither: half of the best robust accuracy was lost for a while, or "
+        "FGSM accuracy fell too.",
+        y=tuple(Quantity(name, "share of the runs", name, percent=True) for name in FATES),
+        x="method",
+        colour="y",
+        panels="eps",
+        where={"what": "fate"},
     ),
     ValueFigure(
         key="factors",
@@ -359,7 +460,7 @@ FIGURES = (
         key="spectrum",
         title="The spectrum",
         caption="Entropy rank of the class kernels, by the inputs.",
-        y=tuple(Quantity(f"{inputs}/entropy_rank", "entropy rank", inputs) for inputs in INPUTS),
+        y=tuple(Quantity(f"{inputs}/class/entropy_rank", "entropy rank", inputs) for inputs in INPUTS),
         panels="y",
         views="eps",
         where={"what": "signals"},
@@ -375,4 +476,4 @@ FIGURES = (
     ),
 )
 
-STUDY = Study("overfitting", CLAIMS, runs, measure, judged, FIGURES, derive)
+STUDY = Study("overfitting", CLAIMS, runs, measure, judged, FIGURES, derive, TUNING_SEEDS)

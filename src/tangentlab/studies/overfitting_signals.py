@@ -6,8 +6,8 @@ inputs also what the losses' derivatives make of it (tangentlab.probes.update_si
 the kernel alone leaves of the share, and what the derivatives leave of that.
 
 Cheap, named "cheap/...": those of as many examples as BUDGET forward passes pay for, with PGD in two steps of
-eps/2 and kernels of one signed sum of the logits, which are the trace kernel in the mean over signs. And the
-shipped alarm's share, which pools three looks at other examples each.
+eps/2 and kernels of one signed sum of the logits, which are the trace kernel in the mean over signs. And, at
+no more a look, pooled ones of three looks at other examples each: the shipped alarm's share, and rivals.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ PROBED = 64  # class-balanced training examples
 BUDGET = 250  # forward passes of a cheap look: at eight looks an epoch 2 % of FGSM training on 20,000 images
 INPUTS = ("clean", "fgsm", "pgd")
 PAIRS = ("clean~fgsm", "clean~pgd", "fgsm~pgd")
-SPECTRUM = ("entropy_rank", "participation_ratio", "intrinsic_dimension", "top_mass", "top_eigenvalue")
+KINDS = ("class", "trace")
+EIGENVALUES = ("first_eigenvalue", "second_eigenvalue", "third_eigenvalue")
+COUNTS = ("entropy_rank", "participation_ratio", "intrinsic_dimension", "top_mass")
+SPECTRUM = (*COUNTS, *EIGENVALUES)
 RIVALS = (
     "fgsm_pgd_gap",
     "loss_ratio",
@@ -57,8 +60,8 @@ UPDATES = ("update_share", "update_cosine")
 KERNEL = (
     *UPDATES,
     "kernel_share",
-    *(f"{inputs}/{name}" for inputs, name in product(INPUTS, SPECTRUM)),
-    *(f"{pair}/{kind}/distance" for pair, kind in product(PAIRS, ("class", "trace"))),
+    *(f"{inputs}/{kind}/{name}" for inputs, kind, name in product(INPUTS, KINDS, SPECTRUM)),
+    *(f"{pair}/{kind}/distance" for pair, kind in product(PAIRS, KINDS)),
 )
 # Of a cheap look: forward equivalents an example.
 CRAFTING = {"clean": 0, "noise": 0, "fgsm": 2, "pgd": 4}
@@ -68,18 +71,24 @@ CHEAP_PAIRS = {
     f"{a}~{b}": CRAFTING[a] + CRAFTING[b] + 2 * GRADIENT
     for a, b in (("clean", "noise"), ("clean", "fgsm"), ("noise", "fgsm"), ("clean", "pgd"), ("fgsm", "pgd"))
 }
-POOLED_SHARE, POOLED_RATIO = "pooled_share", "pooled_loss_ratio"  # of three looks at other examples each
+POOLED_SHARE = "pooled_share"
+POOLED_RIVALS = {
+    "pooled_loss_ratio": 8,
+    "pooled_fgsm_pgd2_gap": 8,
+    "pooled_gradient_cosine": 4,
+    "pooled_linearity_error": 3,
+}
 CHEAP_UPDATES = dict.fromkeys(UPDATES, CHEAP_PAIRS["fgsm~pgd"])
 CHEAP_RIVALS = {
     "fgsm_pgd_gap": 24,
     "fgsm_pgd2_gap": 8,
     "loss_ratio": 8,
-    POOLED_RATIO: 8,
     "gradient_cosine": 4,
     "linearity_error": 3,
     "gradient_norm": 2,
     "input_entropy_rank": 2,
     "input_top_mass": 2,
+    **POOLED_RIVALS,
 }
 COSTS = {
     **{f"cheap/{inputs}/{name}": cost for (inputs, cost) in CHEAP_SPECTRUM.items() for name in SPECTRUM},
@@ -90,29 +99,55 @@ COSTS = {
 SIGNALS = (*KERNEL, *RIVALS, *COSTS)
 
 
+EXAMPLES = POOLED * (BUDGET // min(POOLED_RIVALS.values()))  # that the looks need, the full ones fewer
+
+
 class PooledSignals:
-    """The shipped alarm's share, and the losses' ratio pooled in the same way."""
+    """The shipped alarm's share, and rivals pooled in the same way: each look takes the next third of the
+    examples, and the last three count together, a ratio as that of the sums."""
 
     def __init__(self, x: Tensor, y: Tensor, config: RunConfig) -> None:
         n = POOLED * (BUDGET // COSTS[f"cheap/{POOLED_SHARE}"])
         self.alarm = OverfittingAlarm(x[:n], y[:n], eps=config.eps)
-        n = POOLED * (BUDGET // CHEAP_RIVALS[POOLED_RATIO])
-        self.parts = list(zip(x[:n].tensor_split(POOLED), y[:n].tensor_split(POOLED), strict=True))
-        self.losses: list[tuple[float, float]] = []
+        self.parts = {
+            name: list(
+                zip(*(part[: POOLED * (BUDGET // cost)].tensor_split(POOLED) for part in (x, y)), strict=True)
+            )
+            for name, cost in POOLED_RIVALS.items()
+        }
+        self.looks: list[dict[str, tuple[float, float]]] = []
         self.config = config
 
     def look(self, model: nn.Module, step: int) -> dict[str, float]:
         self.alarm.update(model, step)
-        points = self.parts[(len(self.alarm.looks) - 1) % POOLED]
-        inputs = _inputs(model, *points, self.config)
-        self.losses = [*self.losses, _losses(model, inputs["fgsm"], inputs["pgd"], points[1])][-POOLED:]
+        points = {name: parts[len(self.looks) % POOLED] for name, parts in self.parts.items()}
+        self.looks.append(self._seen(model, points))
         found = {}
         if (share := self.alarm.looks[-1].pooled) is not None:
             found[f"cheap/{POOLED_SHARE}"] = share
-        if len(self.losses) == POOLED:
-            of_one, of_several = map(sum, zip(*self.losses, strict=True))
-            found[f"cheap/{POOLED_RATIO}"] = of_several / of_one
+        if len(self.looks) >= POOLED:
+            for name in POOLED_RIVALS:
+                above, below = map(sum, zip(*(look[name] for look in self.looks[-POOLED:]), strict=True))
+                found[f"cheap/{name}"] = above / below
         return found
+
+    def _seen(
+        self, model: nn.Module, points: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, tuple[float, float]]:
+        """Each as a numerator and a denominator."""
+        eps, seed = self.config.eps, self.config.seed
+        x, y = points["pooled_loss_ratio"]
+        inputs = _inputs(model, x, y, self.config)
+        of_one, of_several = _losses(model, inputs["fgsm"], inputs["pgd"], y)
+        gap = fgsm_pgd_gap(model, *points["pooled_fgsm_pgd2_gap"], eps=eps, num_steps=2, seed=seed)
+        gradients = gradient_signals(model, *points["pooled_gradient_cosine"], eps=eps, seed=seed)
+        error = linearity_error(model, *points["pooled_linearity_error"], eps=eps, seed=seed)
+        return {
+            "pooled_loss_ratio": (of_several, of_one),
+            "pooled_fgsm_pgd2_gap": (gap, 1.0),
+            "pooled_gradient_cosine": (gradients["gradient_cosine"], 1.0),
+            "pooled_linearity_error": (error, 1.0),
+        }
 
 
 def full_signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> dict[str, float]:
@@ -191,7 +226,7 @@ def _of_cheap_kernels(model: nn.Module, points: Mapping[str, Tensor], config: Ru
             "participation_ratio": spectrum.participation_ratio,
             "intrinsic_dimension": spectrum.intrinsic_dimension,
             "top_mass": spectrum.top_mass(min(10, BUDGET // cost)),
-            "top_eigenvalue": spectrum.values[0],
+            **dict(zip(EIGENVALUES, spectrum.values, strict=False)),
         }
         found |= {f"{inputs}/{name}": float(values[name]) for name in SPECTRUM}
     for pair, cost in CHEAP_PAIRS.items():
@@ -201,11 +236,12 @@ def _of_cheap_kernels(model: nn.Module, points: Mapping[str, Tensor], config: Ru
 
 
 def _of_kernels(values: Mapping[str, Any]) -> dict[str, float]:
-    found = {}
-    for inputs, name in product(INPUTS, SPECTRUM):
-        at = f"kernel/{inputs}/class"
-        value = values[f"{at}/top_eigenvalues"][0] if name == "top_eigenvalue" else values[f"{at}/{name}"]
-        found[f"{inputs}/{name}"] = value
-    for pair, kind in product(PAIRS, ("class", "trace")):
+    found: dict[str, float] = {}
+    for inputs, kind in product(INPUTS, KINDS):
+        at = f"kernel/{inputs}/{kind}"
+        largest = dict(zip(EIGENVALUES, values[f"{at}/top_eigenvalues"], strict=False))
+        found |= {f"{inputs}/{kind}/{name}": values[f"{at}/{name}"] for name in COUNTS}
+        found |= {f"{inputs}/{kind}/{name}": value for name, value in largest.items()}
+    for pair, kind in product(PAIRS, KINDS):
         found[f"{pair}/{kind}/distance"] = values[f"kernel/{pair}/{kind}/distance"]
     return found

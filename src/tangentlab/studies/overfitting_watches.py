@@ -1,18 +1,24 @@
 """What a signal is worth as an alarm: watches, their thresholds from quiet runs, their leads on the others.
 
+A run has collapsed where its robust accuracy fell by tangentlab.metrics.catastrophic_overfitting and stayed
+down; it is quiet where it never lost half of its best; what lies between is neither, and is left out. So is
+what never learned.
+
 A signal is watched as it is ("level"), as the median of its last three looks ("median") or against that of
-more of them ("change"), upwards or downwards. It speaks where it comes to exceed its threshold: a run that
-lies above from the start is not warned of. The threshold, one for every eps, is the least that at most 5 % of
-the quiet runs exceed, and at most 5 % of the single-step ones among them, or it would tell methods apart and
-not fates. Which watch is best is decided on the collapsing runs.
+more of them ("change"), upwards or downwards. It speaks where it comes to exceed its threshold: a collapsing
+run that lies above from the start is not warned of, a quiet one that does is a false alarm. The threshold,
+one for every eps, is the least that at most 5 % of the quiet runs exceed, and at most 5 % of the single-step
+ones among them, or it would tell methods apart and not fates. Which watch is best is decided on the
+collapsing runs; a signal whose rise before a collapse is seldom twice its noise between sets of examples is
+none.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, product
 from statistics import fmean, median
 
 from tangentlab import metrics
@@ -20,11 +26,14 @@ from tangentlab.studies.overfitting_signals import CHEAP_RIVALS, COSTS, RIVALS, 
 from tangentlab.studies.study import Values
 
 SINGLE_STEP = ("fgsm", "fgsm_rs")
+TUNING_SEEDS = (0, 1)  # eps, rates and the shipped threshold were chosen on
 WATCHED_FROM = 1.0  # epochs
 SMOOTHED = 3  # looks whose median is watched
 BEFORE = 8  # looks whose median a change is told from; four at least
 FALSE_ALARMS = 0.05
 LEARNED = 0.15  # robust accuracy, of ten classes
+HALVED = 0.5
+CLEAR = 2.0  # times the noise that a rise exceeds
 SIGNED = (
     "fgsm_pgd_gap",
     "fgsm_pgd2_gap",
@@ -61,9 +70,12 @@ WATCHES = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seen:
-    """A run: what was seen of it, and when it collapsed, in epochs."""
+    """A run: what was seen of it, and when it collapsed, in epochs.
+
+    ``raised_at`` is the epoch at which the run's own alarm first spoke.
+    """
 
     seed: int
     method: str
@@ -72,9 +84,16 @@ class Seen:
     epochs: Sequence[float]
     signals: Sequence[Values]
     again: Sequence[Values] = ()
+    raised_at: float | None = None
+    _scores: dict[Watch, tuple[list[float], list[float]]] = field(default_factory=dict)
 
     def scores(self, watch: Watch) -> tuple[list[float], list[float]]:
         """(epochs, scores) from the first watched epoch on, where the signal was taken."""
+        if watch not in self._scores:
+            self._scores[watch] = self._watched(watch)
+        return self._scores[watch]
+
+    def _watched(self, watch: Watch) -> tuple[list[float], list[float]]:
         times, values = [], []
         taken: list[float] = []
         for epoch, line in zip(self.epochs, self.signals, strict=True):
@@ -105,23 +124,35 @@ class Seen:
         before = [score for time, score in zip(*self.scores(watch), strict=True) if time < self.collapse]
         return before[-1] - median(before) if before else None
 
-    def factors(self) -> Iterator[tuple[float, float, float]]:
-        """(epoch, what the kernel leaves of the update share, what the losses' derivatives leave of that)."""
-        for epoch, line in zip(self.epochs, self.signals, strict=True):
-            if line.get("kernel_share", 0) > 0 and epoch >= WATCHED_FROM:
-                yield epoch, line["kernel_share"], line["update_share"] / line["kernel_share"]
+    def exceeds(self, chosen: Chosen) -> bool:
+        """Whether it ever lies above the threshold."""
+        return any(score > chosen.threshold for score in self.scores(chosen.watch)[1])
 
-    def kernel_first(self) -> float | None:
-        """At the last look before the collapse, the first factor minus the second."""
+    def factors(self) -> Iterator[tuple[float, float, float | None]]:
+        """(epoch, what the kernel leaves of the update share, what the losses' derivatives leave of that):
+        without the latter where the kernel leaves nothing."""
+        for epoch, line in zip(self.epochs, self.signals, strict=True):
+            if "kernel_share" in line and epoch >= WATCHED_FROM:
+                kernel = line["kernel_share"]
+                yield epoch, kernel, line["update_share"] / kernel if kernel > 0 else None
+
+    def kernel_first(self) -> bool | None:
+        """Whether the first factor was the first to fall below half, the smaller one where both did at one
+        look; None where neither did until the collapse."""
         assert self.collapse is not None
-        before = [kernel - rest for epoch, kernel, rest in self.factors() if epoch < self.collapse]
-        return before[-1] if before else None
+        for epoch, kernel, rest in self.factors():
+            if epoch < self.collapse and (rest is None or min(kernel, rest) < HALVED):
+                return rest is None or kernel < rest
+        return None
 
     def lead(self, chosen: Chosen) -> float:
         """Steps from the alarm to the collapse; 0 where it is silent or late."""
+        return self.steps_until_collapse(self.alarm(chosen))
+
+    def steps_until_collapse(self, epoch: float | None) -> float:
+        """From that epoch on; 0 without one, and after it."""
         assert self.collapse is not None
-        alarm = self.alarm(chosen)
-        return 0.0 if alarm is None else self.steps_per_epoch * max(0.0, self.collapse - alarm)
+        return 0.0 if epoch is None else self.steps_per_epoch * max(0.0, self.collapse - epoch)
 
 
 def _change(taken: Sequence[float], *, signed: bool) -> float | None:
@@ -134,15 +165,32 @@ def _change(taken: Sequence[float], *, signed: bool) -> float | None:
     return math.log(taken[-1] / usual) if taken[-1] > 0 and usual > 0 else None
 
 
+def fate(run: Values) -> tuple[str, float | None]:
+    """collapsed, and when; quiet; neither; or unlearned, of a run's line."""
+    epochs, robust = run["epochs"], run["robust_accuracy"]
+    if max(robust[1:]) < LEARNED:
+        return "unlearned", None
+    collapse = metrics.catastrophic_overfitting(epochs, run["fgsm_accuracy"], robust, lasting=True)
+    if collapse is not None:
+        return "collapsed", collapse.epoch
+    halved = any(
+        best >= LEARNED and now <= metrics.COLLAPSE_SHARE * best
+        for best, now in zip(accumulate(robust, max), robust, strict=True)
+    )
+    return "neither" if halved else "quiet", None
+
+
 def seen_runs(values: Iterable[Values]) -> list[Seen]:
-    """The runs in the lines that learned something."""
+    """The runs in the lines that collapsed or stayed quiet, but for those of TUNING_SEEDS."""
     by_run: dict[str, list[Values]] = {}
     for line in values:
-        by_run.setdefault(line["run"], []).append(line)
+        if line["seed"] not in TUNING_SEEDS:
+            by_run.setdefault(line["run"], []).append(line)
     found = []
     for lines in by_run.values():
         run = next(line for line in lines if line["what"] == "run")
-        if run["best_robust_accuracy"] <= LEARNED:
+        name, collapse = fate(run)
+        if name not in ("collapsed", "quiet"):
             continue
         signals = [line for line in lines if line["what"] == "signals"]
         found.append(
@@ -150,10 +198,11 @@ def seen_runs(values: Iterable[Values]) -> list[Seen]:
                 run["seed"],
                 run["run"].split("-")[0],
                 run["steps_per_epoch"],
-                run.get("collapse"),
+                collapse,
                 [line["epoch"] for line in signals],
                 signals,
                 [line for line in lines if line["what"] == "again"],
+                run.get("raised_at"),
             )
         )
     return found
@@ -171,7 +220,8 @@ class Chosen:
 
 
 def choose(runs: Sequence[Seen]) -> list[Chosen]:
-    """Every watch with its threshold, the best first; empty where no run is quiet or none collapses."""
+    """Every watch whose signal rises above its noise with its threshold, the best first; empty where no run
+    is quiet or none collapses."""
     collapsing = [run for run in runs if run.collapse is not None]
     quiet = [run for run in runs if run.collapse is None]
     single_step = [run for run in quiet if run.method in SINGLE_STEP]
@@ -183,39 +233,57 @@ def choose(runs: Sequence[Seen]) -> list[Chosen]:
         limits = [metrics.alarm_threshold(group, false_alarms=FALSE_ALARMS) for group in groups if group]
         if not limits or not collapsing:
             continue
+        if watch_noise(replace(watch, form="level"), runs).get("above_noise", 1.0) < 0.5:
+            continue
         set_by = Chosen(watch, max(limits))
         leads = [run.lead(set_by) for run in collapsing]
         found.append(replace(set_by, in_time=fmean(lead > 0 for lead in leads), lead=fmean(leads)))
     return sorted(found, key=lambda one: (one.in_time, one.lead), reverse=True)
 
 
-def even_and_odd(values: Sequence[Values]) -> tuple[list[Seen], dict[int, list[Seen]]]:
-    """The runs of even seeds, and those of odd ones by seed."""
+def folds(values: Sequence[Values]) -> Iterator[tuple[int, list[Seen], list[Chosen]]]:
+    """(seed, its runs, the watches as the other seeds choose them)."""
     runs = seen_runs(values)
-    odd: dict[int, list[Seen]] = {}
-    for run in runs:
-        if run.seed % 2:
-            odd.setdefault(run.seed, []).append(run)
-    return [run for run in runs if run.seed % 2 == 0], odd
+    for seed in sorted({run.seed for run in runs}):
+        yield (
+            seed,
+            [run for run in runs if run.seed == seed],
+            choose([run for run in runs if run.seed != seed]),
+        )
 
 
 def watch_worth(one: Chosen, runs: Sequence[Seen]) -> dict[str, float]:
-    """Share of the collapses it spoke before, mean lead in steps, share of quiet runs it spoke in, and the
-    area under its ROC; those that the runs allow."""
-    collapsing = [run for run in runs if run.collapse is not None]
-    quiet = [run for run in runs if run.collapse is None]
+    """Share of the collapses it spoke before, mean lead in steps, share of quiet runs it spoke in; those
+    that the runs allow."""
+    leads = [run.lead(one) for run in runs if run.collapse is not None]
+    alarms = [run.exceeds(one) for run in runs if run.collapse is None]
     found: dict[str, float] = {}
-    if collapsing:
-        leads = [run.lead(one) for run in collapsing]
+    if leads:
         found |= {"in_time": fmean(lead > 0 for lead in leads), "lead": fmean(leads)}
-    if quiet:
-        found["false_alarms"] = fmean(run.alarm(one) is not None for run in quiet)
-    if collapsing and quiet:
-        until = fmean(run.collapse for run in collapsing if run.collapse is not None)
-        peaks = [_peaks(group, one.watch, until) for group in (collapsing, quiet)]
-        if all(peaks):
-            found["area"] = metrics.detection_area(*peaks)
+    if alarms:
+        found["false_alarms"] = fmean(alarms)
     return found
+
+
+def detection(watch: Watch, runs: Sequence[Seen]) -> tuple[float, list[tuple[float, float]]] | None:
+    """The area under the ROC of the runs' highest scores until a collapse, and its points: (share of the
+    quiet runs, share of the collapsing ones) above each score. Quiet runs are watched as long as the others
+    on average, or they would peak higher."""
+    collapses = [run.collapse for run in runs if run.collapse is not None]
+    quiet = [run for run in runs if run.collapse is None]
+    if not collapses or not quiet:
+        return None
+    events, others = (
+        _peaks(group, watch, fmean(collapses))
+        for group in ([run for run in runs if run.collapse is not None], quiet)
+    )
+    if not events or not others:
+        return None
+    points = [
+        tuple(fmean(peak >= score for peak in group) for group in (others, events))
+        for score in sorted({*events, *others}, reverse=True)
+    ]
+    return metrics.detection_area(events, others), [(a, b) for a, b in points]
 
 
 def watch_noise(watch: Watch, runs: Sequence[Seen]) -> dict[str, float]:
@@ -232,7 +300,7 @@ def watch_noise(watch: Watch, runs: Sequence[Seen]) -> dict[str, float]:
         return {}
     noise = math.sqrt(fmean(pairs))
     rises = [rise for run in runs if run.collapse is not None and (rise := run.rise(watch)) is not None]
-    clear = {"above_noise": fmean(rise > 2 * noise for rise in rises)} if rises else {}
+    clear = {"above_noise": fmean(rise > CLEAR * noise for rise in rises)} if rises else {}
     return {"noise": noise, **clear}
 
 
