@@ -140,10 +140,6 @@ def arms(tier: Tier) -> dict[str, str]:
     kernel = "--switch.rule=kernel"
     epochs, eps = _config(tier, "").training.epochs, _config(tier, "").eps
     to = _replacements(eps)
-    trades_at, fewer = (
-        0.35 * epochs,
-        f"--switch.to=trades --switch.to.num_steps=1 --switch.to.step_size={eps}",
-    )
 
     def replaced(name: str, share: float) -> str:
         return f"{PGD} {fixed} --switch.epoch={share * epochs:g} {to[name]}"
@@ -157,7 +153,10 @@ def arms(tier: Tier) -> dict[str, str]:
     }.items():
         found |= {f"{name}-at-{share:g}": replaced(name, share) for share in shares}
     found["stored-throughout"] = STORED_THROUGHOUT
-    found["trades-fewer-at-0.35"] = f"--method=trades {fixed} --switch.epoch={trades_at:g} {fewer}"
+    found["trades-fewer-at-0.35"] = (
+        f"--method=trades {fixed} --switch.epoch={0.35 * epochs:g} --switch.to=trades "
+        f"--switch.to.num_steps=1 --switch.to.step_size={eps}"
+    )
     found[KERNEL] = f"{PGD} {kernel} {to['stored']}"
     found["kernel-stored-staying"] = f"{found[KERNEL]} --switch.return_on_drop=false"
     found["kernel-clean"] = f"{PGD} {kernel} {to['clean']}"

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from tangentlab import data
-from tangentlab.records import read_run
+from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import build_data, build_model
@@ -50,6 +51,7 @@ from tangentlab.studies.overfitting_watches import (
     SINGLE_STEP,
     TUNING_SEEDS,
     Chosen,
+    Seen,
     Watch,
     detection,
     fate,
@@ -127,27 +129,9 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
 
 def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     """A line of the run and one of each kept checkpoint."""
-    record = read_run(folder)
-    epochs, robust = record.series("robust_accuracy")
-    fgsm = record.series("fgsm_accuracy")[1]
-    step, epoch = record.metrics[-1]["step"], record.metrics[-1]["epoch"]
-    times, raised = record.series("alarm/raised")
-    run = {
-        "what": "run",
-        "eps": config.eps,
-        "epochs": epochs,
-        "robust_accuracy": robust,
-        "fgsm_accuracy": fgsm,
-        "clean_accuracy": record.series("clean_accuracy")[1],
-        "steps_per_epoch": step / epoch,
-        "raised_at": next((at for at, answer in zip(times, raised, strict=True) if answer), None),
-        "looks": len(times),
-        "images": config.data.train_size or len(build_data(config).train),
-        **{f"{name}_seconds": record.status[f"{name}_seconds"] for name in ("train", "probe")},
-    }
-    name, collapse = fate(run)
-    yield {**run, "fate": name, "collapse": collapse}
     examples = build_data(config)
+    run = _run(read_run(folder), config, len(examples.train))
+    yield run
     model = build_model(config, examples, torch.device("cpu"))
     size = max(PROBED, EXAMPLES)
     # Disjoint; the first PROBED of either have equally many of each class.
@@ -156,74 +140,93 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     pooled = PooledSignals(*first, config)
     for look, (number, path) in enumerate(kept_checkpoints(folder).items()):
         at = load_weights(path, model)["extra"]["epoch"]
-        if collapse is not None and at > collapse + AFTERWARDS:
+        if run["collapse"] is not None and at > run["collapse"] + AFTERWARDS:
             break
         for what, points in {"signals": first, **({} if look % AGAIN else {"again": second})}.items():
-            begun = time.perf_counter()
-            seen = cheap_signals(model, *points, config)
-            between = time.perf_counter()
+            seen: dict[str, float] = {}
+            for name, take in (("cheap", cheap_signals), ("full", full_signals)):
+                begun = time.perf_counter()
+                seen |= take(model, *points, config)
+                seen[f"{name}_seconds"] = time.perf_counter() - begun
             seen |= pooled.look(model, number) if what == "signals" else {}
-            middle = time.perf_counter()
-            seen |= full_signals(model, *points, config)
-            seen |= {"cheap_seconds": between - begun, "full_seconds": time.perf_counter() - middle}
             rounded = {name: float(f"{value:.4g}") for name, value in seen.items()}
             yield {"what": what, "eps": config.eps, "step": number, "epoch": at, **rounded}
 
 
+def _run(record: RunRecord, config: RunConfig, images: int) -> dict[str, Any]:
+    """The run's line."""
+    epochs, robust = record.series("robust_accuracy")
+    times, raised = record.series("alarm/raised")
+    last = record.metrics[-1]
+    run = {
+        "what": "run",
+        "eps": config.eps,
+        "epochs": epochs,
+        "robust_accuracy": robust,
+        **{f"{name}_accuracy": record.series(f"{name}_accuracy")[1] for name in ("fgsm", "clean")},
+        "steps_per_epoch": last["step"] / last["epoch"],
+        "raised_at": next((at for at, answer in zip(times, raised, strict=True) if answer), None),
+        "looks": len(times),
+        "images": images,
+        **{f"{name}_seconds": record.status[f"{name}_seconds"] for name in ("train", "probe")},
+    }
+    name, collapse = fate(run)
+    return {**run, "fate": name, "collapse": collapse}
+
+
 def derive(values: Sequence[Values]) -> Iterator[Values]:
-    """The fates; the update share's factors about a collapse; for each seed and signal what its best watch is
-    worth by the others' choice, and of a level what it rises by over its noise between sets of examples; the
-    area under each signal's ROC over all runs, by the watch that most seeds prefer, and the ROC of the best
-    of each kind."""
+    """By ``what``: "fate" of each run; "factors" of the update share about a collapse; "watch", what a signal
+    is worth on a seed; "area" under its ROC and, of the best of each kind, "roc"."""
+    runs = seen_runs(values)
+    yield from _fates(values)
+    for run in runs:
+        yield from _factors(run)
+    watches = []
+    for seed, own, order in folds(values):
+        best: dict[str, Chosen] = {}
+        for one in order:
+            best.setdefault(one.watch.signal, one)
+        watches += [one.watch for one in best.values()]
+        yield from (_worth(one, seed, own) for one in best.values())
+    yield from _detections(watches, runs)
+
+
+def _fates(values: Sequence[Values]) -> Iterator[Values]:
     for line in values:
         if line["what"] == "run":
-            became = fate(line)[0]
-            yield {
-                "what": "fate",
-                **{key: line[key] for key in ("seed", "method", "eps")},
-                **{name: float(became == name) for name in FATES},
-            }
-    runs = seen_runs(values)
-    for run in runs:
-        if run.collapse is None:
-            continue
-        for epoch, kernel, rest in run.factors():
-            if rest is not None:
-                when = next((name for name, least in WHEN.items() if run.collapse - epoch > least), AFTER)
-                shares = {
-                    "update_share": kernel * rest,
-                    "kernel_share": kernel,
-                    "derivative_share": rest,
-                }
-                yield {"what": "factors", "seed": run.seed, "method": run.method, "when": when, **shares}
-    preferred: dict[str, Counter[Watch]] = {}
-    for seed, own, order in folds(values):
-        of_signal: dict[str, Chosen] = {}
-        for one in order:
-            of_signal.setdefault(one.watch.signal, one)
-        for signal, one in of_signal.items():
-            preferred.setdefault(signal, Counter())[one.watch] += 1
-            noise = watch_noise(one.watch, own) if one.watch.form == "level" else {}
-            yield {
-                "what": "watch",
-                **_of_watch(one.watch),
-                "watch": str(one.watch),
-                "seed": seed,
-                "chosen_in_time": one.in_time,
-                "threshold": one.threshold,
-                **watch_worth(one, own),
-                **noise,
-            }
-    found = [
-        (seen[0], watch, seen[1])
-        for watch in (counts.most_common(1)[0][0] for counts in preferred.values())
-        if (seen := detection(watch, runs)) is not None
-    ]
+            told = {key: line[key] for key in ("seed", "method", "eps")}
+            yield {"what": "fate", **told, **{name: float(fate(line)[0] == name) for name in FATES}}
+
+
+def _factors(run: Seen) -> Iterator[Values]:
+    for epoch, kernel, rest in run.factors():
+        if run.collapse is not None and rest is not None:
+            when = next((name for name, least in WHEN.items() if run.collapse - epoch > least), AFTER)
+            shares = {"update_share": kernel * rest, "kernel_share": kernel, "derivative_share": rest}
+            yield {"what": "factors", "seed": run.seed, "method": run.method, "when": when, **shares}
+
+
+def _worth(one: Chosen, seed: int, runs: Sequence[Seen]) -> Values:
+    """Of a watch that the other seeds choose; of a level what it rises by over its noise between sets too."""
+    noise = watch_noise(one.watch, runs) if one.watch.form == "level" else {}
+    own = {"chosen_in_time": one.in_time, "threshold": one.threshold, **watch_worth(one, runs), **noise}
+    return {"what": "watch", **_of_watch(one.watch), "seed": seed, **own}
+
+
+def _detections(watches: Sequence[Watch], runs: Sequence[Seen]) -> Iterator[Values]:
+    """Over all runs, of each signal by the watch that most seeds choose."""
+    chosen: dict[str, Counter[Watch]] = {}
+    for watch in watches:
+        chosen.setdefault(watch.signal, Counter())[watch] += 1
+    found = []
+    for counts in chosen.values():
+        watch = counts.most_common(1)[0][0]
+        if (seen := detection(watch, runs)) is not None:
+            found.append((*seen, {**_of_watch(watch), "seed": "all"}))
     drawn = set()
-    for area, watch, points in sorted(found, key=lambda one: -one[0]):
-        told = {**_of_watch(watch), "watch": str(watch), "seed": "all"}
+    for area, points, told in sorted(found, key=lambda one: -one[0]):
         yield {"what": "area", **told, "area": area}
-        kind = (watch.family, watch.cheap)
+        kind = (told["family"], told["cost"])
         if kind not in drawn:
             drawn.add(kind)
             for place, (false_alarms, detected) in enumerate(points):
@@ -231,8 +234,13 @@ def derive(values: Sequence[Values]) -> Iterator[Values]:
                 yield {"what": "roc", **told, **at}
 
 
-def _of_watch(watch: Watch) -> Values:
-    return {"signal": watch.signal, "family": watch.family, "cost": "cheap" if watch.cheap else "any"}
+def _of_watch(watch: Watch) -> dict[str, str]:
+    return {
+        "signal": watch.signal,
+        "watch": str(watch),
+        "family": watch.family,
+        "cost": "cheap" if watch.cheap else "any",
+    }
 
 
 # --- claims ----------------------------------------------------------------------------------------------
