@@ -170,7 +170,10 @@ def test_an_axis_of_dots_has_room_for_its_name_and_its_powers() -> None:
     text = axis(seeds=5)["title"]["text"].split("<br>")
     assert " ".join(text) == name
     assert all(len(part) <= 32 for part in text)
-    assert axis(seeds=5)["dtick"] == 1
+    for seeds in (3, 5):
+        low, high = axis(seeds=seeds)["range"]
+        assert 2 < (high - low) / axis(seeds=seeds)["dtick"] <= 7
+        assert isinstance(axis(seeds=seeds)["dtick"], int)
     assert axis(seeds=1)["ticktext"] == ["0.5", "1", "2"]
 
 

@@ -40,6 +40,7 @@ _FONT = '"Helvetica Neue", "Segoe UI", "Liberation Sans", Arial, sans-serif'
 _ROOM_FOR_LABEL = 0.16
 _ROW = 15  # pixels that a row of labels above the plot takes
 _NAME = 32  # letters of an axis's name that a narrow panel has room for
+_POWERS = 7  # of ten that it has room for
 
 
 def specifications(figure: Figure) -> list[list[Spec]]:
@@ -323,7 +324,8 @@ def _range(axis: Axis, low: float, high: float) -> Spec:
     if ticks := log_ticks(low, high):
         return spec | {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     # plotly draws powers larger than other labels.
-    return spec | {"dtick": 1, "exponentformat": "power", "tickfont": {"size": 10}}
+    every = math.ceil(math.log10(high / low) / _POWERS)
+    return spec | {"dtick": every, "exponentformat": "power", "tickfont": {"size": 10}}
 
 
 def _rounded(value: float) -> float | None:
