@@ -3,7 +3,8 @@
     python benchmarks/findings.py [STUDY ...]      # such as runs/gap, where tangentlab study put it
 
 Of each study the configuration, the raw values (packed where they are large) and the verdicts are kept, of
-those seeds alone of which every run was measured, with the command and the environment that they came from.
+those seeds alone of which every run was measured, with the last command that measured some of them, but for
+its folder, and its environment.
 All studies there are judged anew from their raw values.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,9 @@ def take(folder: Path) -> str:
         plain.write_bytes(content)
     else:
         packed.write_bytes(gzip.compress(content, mtime=0))
-    (out / "study.json").write_bytes((folder / "study.json").read_bytes())  # for its environment
+    there = json.loads((folder / "study.json").read_bytes())["environment"]
+    there["command"] = re.sub(r" --out \S+", "", there["command"])
+    (out / "study.json").write_bytes(json_bytes({"environment": there}))
     return f"{out}: seeds {config['seeds']}, {len(kept)} values"
 
 

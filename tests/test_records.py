@@ -13,7 +13,7 @@ import torch
 from tangentlab import records
 from tangentlab.errors import CheckpointError, RunFolderError, StorageError
 from tangentlab.files import read_tensors, write_tensors
-from tangentlab.records import Measurement, Run, read_run
+from tangentlab.records import Measurement, Run, environment, read_run
 
 
 def test_a_run_is_read_as_it_was_written(run_folder: Path) -> None:
@@ -36,6 +36,17 @@ def test_a_run_is_read_as_it_was_written(run_folder: Path) -> None:
     assert record.evaluations == [{"checkpoint": "last", "n": 5}]
     assert {"python", "torch", "tangentlab", "commit", "cores"} <= set(record.environment)
     json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[0])  # strict JSON: no NaN
+
+
+@pytest.mark.parametrize(
+    ("program", "named"),
+    [("/somewhere/bin/tangentlab", "tangentlab"), ("benchmarks/demo_seeds.py", "benchmarks/demo_seeds.py")],
+)
+def test_the_command_says_nothing_of_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, program: str, named: str
+) -> None:
+    monkeypatch.setattr("sys.argv", [program, "train", "digits"])
+    assert environment()["command"] == f"{named} train digits"
 
 
 def test_a_foreign_loop_needs_no_configuration(run_folder: Path) -> None:

@@ -353,7 +353,7 @@ def environment() -> dict[str, Any]:
     return {
         "tangentlab": __version__,
         "commit": _commit(),
-        "command": " ".join(sys.argv),
+        "command": " ".join([_program(sys.argv[0]), *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
@@ -382,6 +382,11 @@ def _what_was_evaluated(line: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation without its outcome."""
     outcome = {"correct", "accuracy", "interval", "seconds", "remaining", "flags"}
     return {k: v for k, v in line.items() if k not in outcome}
+
+
+def _program(path: str) -> str:
+    """Without the place where it is installed, which says nothing elsewhere."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _commit() -> str | None:

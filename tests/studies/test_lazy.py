@@ -49,7 +49,7 @@ def test_arms_have_the_cost_that_their_name_says(tier: int) -> None:
         if config.name.startswith(("stored", "kernel-stored")):
             way = config.switch.to or config.method
             assert (way["crafting_statistics"], way["buffer_updates"]) == ("batch", ("crafting", "loss"))
-    if TIERS[tier].narrow:
+    if TIERS[tier].whole:
         assert set(lazy.STORED) | set(lazy.HALF_RIVALS) <= {config.name for config in runs.values()}
         usual = runs["stored-at-0.2-4"]
         others = [runs[f"stored-at-0.2+{condition}-4"] for condition in ("slow", "weak", "narrow")]

@@ -28,8 +28,9 @@ class Alarming:
     """Looks every ``every`` steps; while the alarm is raised ``instead`` makes the steps, where there is one.
 
     Each time that the alarm is raised the weights of the last quiet look are kept as a checkpoint, in the
-    place of those kept before, and the user is told. With ``restore`` training goes back to them too. Where
-    the alarm steers, its cost is the training's. Of several processes the first looks and tells the others.
+    place of those kept before, and the user is told. With ``restore`` training also goes back to that look.
+    Where the alarm steers, its cost is the training's. Of several processes the first looks and tells the
+    others.
     """
 
     alarm: OverfittingAlarm

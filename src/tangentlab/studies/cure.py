@@ -15,8 +15,9 @@ equivalents a training example, the alarm's looks counted; as they are as many a
 they are judged at 20,000 images. The single-step rivals are there too with as many epochs as 1.4 times FGSM's
 cost buys.
 
-The threshold that steers and the rivals' settings are chosen on the seeds 0 and 1, which are not judged; the
-variants of what the alarm steers to are for them alone. Hardware and time: a CPU.
+The threshold that steers was set after single runs; the seeds 0 and 1 are there to choose it and the rivals'
+settings on, and are not judged. The variants of what the alarm steers to are for them alone.
+Hardware and time: a CPU.
 """
 
 from __future__ import annotations
@@ -257,10 +258,6 @@ class Runs:
         self.seeds = sorted({seed for seed, *_ in self._lines})
         self.eps = sorted({eps for *_, eps in self._lines})
 
-    def of(self, seed: int, arm: str, name: str) -> list[float]:
-        """The numbers of that name, by eps; raises KeyError where one was not measured."""
-        return [float(self._lines[seed, arm, eps][name]) for eps in self.eps]
-
     def line(self, seed: int, arm: str) -> list[Values]:
         """By eps; raises KeyError where one was not measured."""
         return [self._lines[seed, arm, eps] for eps in self.eps]
@@ -279,7 +276,7 @@ class Runs:
 
     def robust(self, seed: int, arm: str, attack: str = "apgd") -> float:
         """Robust accuracy in points at the lower eps."""
-        return 100 * self.of(seed, arm, f"{attack}_accuracy")[0]
+        return 100 * float(self.line(seed, arm)[0][f"{attack}_accuracy"])
 
     def loses(self, rival: str, seed: int, attack: str = "apgd") -> float:
         """Robust accuracy of the rival minus spectral training's."""

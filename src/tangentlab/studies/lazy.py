@@ -16,8 +16,8 @@ that died counts as what it is, guessing.
 Under other conditions (a lower learning rate, a narrower network, a smaller eps) the replacements are tried
 from one epoch on: when does each hold?
 
-The levels of the kernel's rule are chosen by benchmarks/lazy_levels.py on the seeds 0 to 2, which are not
-judged. Hardware and time: a CPU.
+The levels of the kernel's rule were chosen on seed 0 (benchmarks/lazy_levels.py); 0 to 2 are not judged.
+Hardware and time: a CPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Tier:
         points: first test points for APGD.
         all_points: likewise, of the finalists.
         autoattack: first test points for AutoAttack, of the finalists.
-        narrow: widths of the narrower network; none where the finalists alone are trained.
+        narrow: widths of the narrower network.
+        whole: whether all arms are part of it, or the finalists alone.
     """
 
     config: str
@@ -56,7 +57,8 @@ class Tier:
     points: int
     all_points: int
     autoattack: int
-    narrow: str | None
+    narrow: str = ""
+    whole: bool = True
 
 
 COMMON = (
@@ -80,7 +82,7 @@ TIERS = {
         200,
         "[8,16,32]",
     ),
-    2: Tier("cifar10-narrow", "--training.epochs=15 --data.validation_size=300", 500, 2000, 200, None),
+    2: Tier("cifar10-narrow", "--training.epochs=15 --data.validation_size=300", 500, 2000, 200, whole=False),
 }
 UNWATCHED = "--probe.size=0"
 WATCHED = "--probe.size=20 --probe.every=0.5"
@@ -95,7 +97,7 @@ EMA = "--training.ema_decay=0.995"
 KERNEL = "kernel-stored"
 FINALISTS = ("pgd", KERNEL, "stored-at-0.2", "n_fgsm-half", "atta-half")
 PGD, STANDARD = "--method=pgd", "--method=standard"
-# As PGD has it, from its own perturbations' beginning.
+# BatchNorm is treated as in PGD training, from which the other arms with stored perturbations come.
 STORED_THROUGHOUT = (
     "--method=atta --method.reset_epochs=null --method.crafting_statistics=batch "
     "--method.buffer_updates=[crafting,loss]"
@@ -170,18 +172,21 @@ def arms(tier: Tier) -> dict[str, str]:
     found["stored-half"] += f" --training.epochs={long}"
     found["kernel-stored-long"] = f"{found[KERNEL]} --training.epochs={long}"
     for name in ("pgd", KERNEL, "n_fgsm-half"):
-        found[f"{name}-ema"] = f"{found[name].replace(WATCHED, '')} {EMA}"
+        found[f"{name}-ema"] = f"{found[name]} {UNWATCHED} {EMA}"
     for condition, words in _conditions(tier, eps).items():
         found[f"pgd+{condition}"] = f"{PGD} {words}"
         for name in ("clean", "one-step", "stored"):
             found[f"{name}-at-{CONDITION_SHARE}+{condition}"] = f"{replaced(name, CONDITION_SHARE)} {words}"
-    return found if tier.narrow else {name: found[name] for name in FINALISTS}
+    return found if tier.whole else {name: found[name] for name in FINALISTS}
 
 
 def _conditions(tier: Tier, eps: float) -> dict[str, str]:
     """What is other than usual -> overrides."""
-    narrow = {"narrow": f"--model.widths={tier.narrow}"} if tier.narrow else {}
-    return {"slow": "--training.learning_rate=0.02", "weak": f"--eps={eps / 2}", **narrow}
+    return {
+        "slow": "--training.learning_rate=0.02",
+        "weak": f"--eps={eps / 2}",
+        "narrow": f"--model.widths={tier.narrow}",
+    }
 
 
 def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:

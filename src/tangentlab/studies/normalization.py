@@ -20,7 +20,7 @@ batch        the current batch's statistics, of the clean batch and of the craft
              half of a batch correct, where the second left an eighth
 
 Robust accuracy is PGD-20's from a random start on the first test points; nothing stronger is claimed.
-Hardware and time: a CPU; three seeds of tier 1 take about 70 minutes of two cores.
+Hardware and time: a CPU.
 """
 
 from __future__ import annotations

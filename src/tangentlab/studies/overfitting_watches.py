@@ -270,20 +270,20 @@ def detection(watch: Watch, runs: Sequence[Seen]) -> tuple[float, list[tuple[flo
     quiet runs, share of the collapsing ones) above each score. Quiet runs are watched as long as the others
     on average, or they would peak higher."""
     collapses = [run.collapse for run in runs if run.collapse is not None]
-    quiet = [run for run in runs if run.collapse is None]
-    if not collapses or not quiet:
+    if not collapses:
         return None
-    events, others = (
-        _peaks(group, watch, fmean(collapses))
-        for group in ([run for run in runs if run.collapse is not None], quiet)
-    )
+    until = fmean(collapses)
+    events = _peaks([run for run in runs if run.collapse is not None], watch, until)
+    others = _peaks([run for run in runs if run.collapse is None], watch, until)
     if not events or not others:
         return None
-    points = [
-        tuple(fmean(peak >= score for peak in group) for group in (others, events))
-        for score in sorted({*events, *others}, reverse=True)
-    ]
-    return metrics.detection_area(events, others), [(a, b) for a, b in points]
+
+    def above(score: float, peaks: Sequence[float]) -> float:
+        return fmean(peak >= score for peak in peaks)
+
+    scores = sorted({*events, *others}, reverse=True)
+    points = [(above(score, others), above(score, events)) for score in scores]
+    return metrics.detection_area(events, others), points
 
 
 def watch_noise(watch: Watch, runs: Sequence[Seen]) -> dict[str, float]:
