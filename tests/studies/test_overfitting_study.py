@@ -221,6 +221,7 @@ def test_fates() -> None:
         return fate({"epochs": epochs, "robust_accuracy": robust, "fgsm_accuracy": [fgsm] * len(robust)})
 
     assert of(0.1, 0.4, 0.1, 0.1, 0.1) == ("collapsed", pytest.approx(1 + 2 / 3))
+    assert of(0.1, 0.4, 0.1, 0.4, 0.4, 0.1, 0.1, 0.1) == ("collapsed", pytest.approx(1 + 2 / 3))  # the first
     assert of(0.1, 0.4, 0.1, 0.4, 0.4) == ("neither", None)
     assert of(0.1, 0.4, 0.1, 0.1, 0.1, fgsm=0.2) == ("neither", None)  # no gap to FGSM
     assert of(0.1, 0.4, 0.3, 0.21, 0.4) == ("quiet", None)

@@ -1,8 +1,8 @@
 """What a signal is worth as an alarm: watches, their thresholds from quiet runs, their leads on the others.
 
-A run has collapsed where its robust accuracy fell by tangentlab.metrics.catastrophic_overfitting and stayed
-down; it is quiet where it never lost half of its best; what lies between is neither, and is left out. So is
-what never learned.
+A run has collapsed where its robust accuracy fell by tangentlab.metrics.catastrophic_overfitting and, then or
+later, stayed down; that is dated to the first fall. It is quiet where it never lost half of its best; what
+lies between is neither, and is left out. So is what never learned.
 
 A signal is watched as it is ("level"), as the median of its last three looks ("median") or against that of
 more of them ("change"), upwards or downwards. It speaks where it comes to exceed its threshold: a collapsing
@@ -170,9 +170,12 @@ def fate(run: Values) -> tuple[str, float | None]:
     epochs, robust = run["epochs"], run["robust_accuracy"]
     if max(robust[1:]) < LEARNED:
         return "unlearned", None
-    collapse = metrics.catastrophic_overfitting(epochs, run["fgsm_accuracy"], robust, lasting=True)
-    if collapse is not None:
-        return "collapsed", collapse.epoch
+    first, lasting = (
+        metrics.catastrophic_overfitting(epochs, run["fgsm_accuracy"], robust, lasting=only)
+        for only in (False, True)
+    )
+    if first is not None and lasting is not None:
+        return "collapsed", first.epoch
     halved = any(
         best >= LEARNED and now <= metrics.COLLAPSE_SHARE * best
         for best, now in zip(accumulate(robust, max), robust, strict=True)
