@@ -2,9 +2,8 @@
 
     python benchmarks/findings.py [STUDY ...]      # such as runs/gap, where tangentlab study put it
 
-Of each study the configuration, the raw values (packed where they are large) and the verdicts are kept, of
-those seeds alone of which every run was measured, with the last command that measured some of them, but for
-its folder, and its environment.
+Of each study the configuration, the raw values (packed where they are large) and the verdicts are kept, with
+the last command that measured some of them, but for its folder, and its environment.
 All studies there are judged anew from their raw values.
 """
 
@@ -23,7 +22,6 @@ from tangentlab.files import json_bytes
 from tangentlab.records import read_values
 from tangentlab.studies import judge_study, ledger, of_source
 from tangentlab.studies.claims import PAPER
-from tangentlab.studies.study import load_study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "studies"
@@ -44,18 +42,15 @@ def main() -> None:
 
 
 def take(folder: Path) -> str:
-    """Copy the finished seeds of a study; returns what was taken."""
+    """Copy what a study measured; returns what was taken."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    study, lines = load_study(config["study"]), read_values(folder)
-    measured = {line["run"] for line in lines}
-    config["seeds"] = [
-        seed for seed in config["seeds"] if measured.issuperset(study.runs(config["tier"], [seed]))
-    ]
-    out = RESULTS / f"{study.name}-tier{config['tier']}"
+    lines = read_values(folder)
+    config["seeds"] = sorted({line["seed"] for line in lines})
+    out = RESULTS / f"{config['study']}-tier{config['tier']}"
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    kept = [json.dumps(line) + "\n" for line in lines if line["seed"] in config["seeds"]]
-    content, plain, packed = "".join(kept).encode(), out / "values.jsonl", out / "values.jsonl.gz"
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    plain, packed = out / "values.jsonl", out / "values.jsonl.gz"
     plain.unlink(missing_ok=True)
     packed.unlink(missing_ok=True)
     if len(content) < LARGE:
@@ -65,7 +60,7 @@ def take(folder: Path) -> str:
     there = json.loads((folder / "study.json").read_bytes())["environment"]
     there["command"] = re.sub(r" --out \S+", "", there["command"])
     (out / "study.json").write_bytes(json_bytes({"environment": there}))
-    return f"{out}: seeds {config['seeds']}, {len(kept)} values"
+    return f"{out}: seeds {config['seeds']}, {len(lines)} values"
 
 
 def judge(folder: Path) -> dict[str, Any]:

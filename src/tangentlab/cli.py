@@ -129,6 +129,9 @@ def _parser() -> Parser:
                        help="default: the first three that the study judges")  # fmt: skip
     study.add_argument("--only", nargs="+", default=[], metavar="RUN",
                        help="runs of these names alone, such as pgd (default: all)")  # fmt: skip
+    study.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
+                       help="of training steps; bf16 where the processor has instructions for it "
+                       "(default: fp32)")  # fmt: skip
     study.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
     study.set_defaults(call=_study)
 
@@ -290,6 +293,7 @@ def _study(options: argparse.Namespace, _: list[str]) -> None:
             tier=options.tier,
             seeds=options.seeds,
             only=options.only,
+            precision=options.precision,
             jobs=options.jobs,
             display=display,
         )

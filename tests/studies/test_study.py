@@ -14,6 +14,7 @@ import pytest
 
 from tangentlab.cli import main
 from tangentlab.errors import ConfigError, RunFolderError, TangentlabError
+from tangentlab.records import read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig
 from tangentlab.runs.display import ProgressDisplay
@@ -139,8 +140,12 @@ def test_bad_input_is_named(measured: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tier 3 is unknown; choose from '0', '1', '2'"):
         run_study("evolution", tmp_path, tier=3)
     run_study("evolution", tmp_path / "a", tier=0, seeds=[0])
-    with pytest.raises(ConfigError, match="holds study 'evolution' of tier 0, not 'evolution' of tier 1"):
+    with pytest.raises(ConfigError, match="holds tier 0, not 1; give another --out"):
         run_study("evolution", tmp_path / "a", tier=1, seeds=[0])
+    with pytest.raises(ConfigError, match="holds precision 'fp32', not 'bf16'; give another --out"):
+        run_study("evolution", tmp_path / "a", tier=0, seeds=[0], precision="bf16")
+    with pytest.raises(ConfigError, match="precision 'fp16' is unknown"):
+        run_study("evolution", tmp_path / "a", tier=0, precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(RunFolderError, match="holds no study"):
         judge_study(tmp_path / "b")
 
@@ -170,6 +175,12 @@ def test_the_command_names_the_studies(capsys: pytest.CaptureFixture[str], tmp_p
     assert "holds no study" in capsys.readouterr().err
     assert main(["study", "evolution", str(tmp_path)]) == 2
     assert "is for 'all'" in capsys.readouterr().err
+
+
+def test_a_study_in_bf16_says_so(measured: list[str], tmp_path: Path) -> None:
+    found = run_study("evolution", tmp_path, tier=0, seeds=[0], precision="bf16")
+    assert read_run(tmp_path / "runs" / "tiny-0").config["precision"] == "bf16"
+    assert found["claims"][0]["setting"].endswith(", trained in bf16")
 
 
 def test_only_some_runs_of_a_seed(

@@ -1,6 +1,6 @@
 """Runs: from a configuration to a folder with metrics, kernels, checkpoints and evaluations."""
 
-from tangentlab.runs.config import RunConfig
+from tangentlab.runs.config import Precision, RunConfig
 from tangentlab.runs.evaluation import evaluate
 from tangentlab.runs.many import BACKENDS, Outcome, check_outcomes, train_many
 from tangentlab.runs.parsing import load_config, resolve, shipped_configs
@@ -10,6 +10,7 @@ from tangentlab.runs.run import train
 __all__ = [
     "BACKENDS",
     "Outcome",
+    "Precision",
     "RunConfig",
     "check_outcomes",
     "evaluate",

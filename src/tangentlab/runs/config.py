@@ -19,6 +19,8 @@ from tangentlab.probes.overfitting_alarm import THRESHOLD, check_threshold
 from tangentlab.records import SCHEMA
 from tangentlab.training import SCHEDULES
 
+Precision = Literal["fp32", "bf16"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -282,7 +284,7 @@ class RunConfig:
     alarm: AlarmConfig = field(default_factory=AlarmConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     channels_last: bool = False
     processes: int = 1
     threads: int | None = None

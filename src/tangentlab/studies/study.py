@@ -1,6 +1,6 @@
 """A study: runs, what is measured on each of them, and the verdicts on its claims; resumable at every run.
 
-STUDY/config.yaml   name, tier and seeds     STUDY/runs/KEY/   the runs
+STUDY/config.yaml   name, tier, seeds, precision     STUDY/runs/KEY/   the runs
 STUDY/values.jsonl  raw values, each with its run, method and seed; earlier ones in values.jsonl.gz, if there
 STUDY/study.json    the claims with their verdicts, a function of values.jsonl alone, and the figures to draw
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -23,7 +23,7 @@ from tangentlab.errors import ConfigError, RunFolderError, unknown_choice
 from tangentlab.files import finite, json_bytes, write_atomic
 from tangentlab.records import SCHEMA, environment, read_values
 from tangentlab.report.values import ValueFigure
-from tangentlab.runs import Outcome, RunConfig, check_outcomes, train_many
+from tangentlab.runs import Outcome, Precision, RunConfig, check_outcomes, train_many
 from tangentlab.runs.hooks import Display
 from tangentlab.studies.claims import Claim, Verdict
 
@@ -81,6 +81,7 @@ def run_study(
     tier: int = 1,
     seeds: Sequence[int] | None = None,
     only: Sequence[str] = (),
+    precision: Precision = "fp32",
     jobs: int = 1,
     display: Display | None = None,
 ) -> dict[str, Any]:
@@ -89,16 +90,19 @@ def run_study(
     The same call again goes on; more seeds may be added. A seed whose values are all there needs its runs no
     more, so that a folder with config.yaml and values.jsonl alone goes on, on another machine too. Without
     ``seeds``, the first three that are judged. ``only`` the runs of these names, where more seeds of a few
-    are wanted; claims that need others go without.
+    are wanted; claims that need others go without. ``precision`` is that of the runs' training steps; bf16 is
+    for processors with instructions for it.
 
     Raises:
-        ConfigError: an unknown study, tier or run, or ``out`` holds another study.
+        ConfigError: an unknown study, tier, run or precision, or ``out`` holds another study.
         InterruptedRunError: Ctrl-C; the same call goes on.
         TangentlabError: runs failed; the other seeds are measured, but nothing is judged anew.
     """
     study, folder = load_study(name), Path(out)
     if tier not in TIERS:
         raise ConfigError(unknown_choice("tier", tier, map(str, TIERS)))
+    if precision not in get_args(Precision):
+        raise ConfigError(unknown_choice("precision", precision, get_args(Precision)))
     if seeds is None:
         seeds = list(islice((seed for seed in count() if seed not in study.tuning_seeds), 3))
     unjudged = [str(seed) for seed in study.tuning_seeds if seed in seeds]
@@ -108,12 +112,12 @@ def run_study(
     for wanted in only:
         if wanted not in there:
             raise ConfigError(unknown_choice("run", wanted, there))
-    _claim_folder(folder, study, tier, seeds)
+    _claim_folder(folder, study, tier, seeds, precision)
     known = {line["run"] for line in read_values(folder)}
     outcomes: list[Outcome] = []
     for seed in dict.fromkeys(seeds):
         runs = {
-            folder / "runs" / key: config
+            folder / "runs" / key: replace(config, precision=precision)
             for key, config in study.runs(tier, [seed]).items()
             if not only or config.name in only
         }
@@ -151,7 +155,10 @@ def judge_study(folder: str | Path) -> dict[str, Any]:
     config = _read_config(folder)
     study = load_study(config["study"])
     values = read_values(folder)
-    verdicts = study.judge(values, TIERS[config["tier"]])
+    setting = TIERS[config["tier"]]
+    if config["precision"] != "fp32":
+        setting += f", trained in {config['precision']}"
+    verdicts = study.judge(values, setting)
     derived = [finite(dict(line)) for line in study.derive(values)]
     return {
         "schema": SCHEMA,
@@ -181,22 +188,22 @@ def _append(folder: Path, lines: Iterable[Values]) -> None:
     write_atomic(path, before + b"".join(json.dumps(finite(line)).encode() + b"\n" for line in lines))
 
 
-def _claim_folder(folder: Path, study: Study, tier: int, seeds: Sequence[int]) -> None:
+def _claim_folder(folder: Path, study: Study, tier: int, seeds: Sequence[int], precision: Precision) -> None:
+    asked = {"study": study.name, "tier": tier, "precision": precision}
     if (folder / "config.yaml").exists():
         there = _read_config(folder)
-        if (there["study"], there["tier"]) != (study.name, tier):
-            raise ConfigError(
-                f"{folder} holds study {there['study']!r} of tier {there['tier']}, "
-                f"not {study.name!r} of tier {tier}; give another --out"
-            )
+        for name, value in asked.items():
+            if there[name] != value:
+                raise ConfigError(f"{folder} holds {name} {there[name]!r}, not {value!r}; give another --out")
         seeds = sorted({*seeds, *there["seeds"]})
-    config = {"schema": SCHEMA, "study": study.name, "tier": tier, "seeds": list(seeds)}
+    config = {"schema": SCHEMA, **asked, "seeds": list(seeds)}
     write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_bytes())
-        return {"study": config["study"], "tier": config["tier"], "seeds": config["seeds"]}
+        precision = config.get("precision", "fp32")  # there since it can be chosen
+        return {**{name: config[name] for name in ("study", "tier", "seeds")}, "precision": precision}
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise RunFolderError(f"{folder} holds no study") from error
