@@ -4,7 +4,8 @@
 
 Of each study the configuration, the raw values (packed where they are large) and the verdicts are kept, with
 the last command that measured some of them, but for its folder, and its environment.
-All studies there are judged anew from their raw values.
+All studies there are judged anew from their raw values. With --unfinished the values go to results/unfinished
+instead and nothing is judged: tangentlab study, given a copy of that folder as --out, goes on from them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tangentlab.studies.claims import PAPER
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "studies"
+UNFINISHED = ROOT / "results" / "unfinished"
 LARGE = 1_000_000  # bytes
 
 
@@ -33,20 +35,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("studies", type=Path, nargs="*", metavar="STUDY")
-    for folder in parser.parse_args().studies:
-        print(take(folder))
+    parser.add_argument("--unfinished", action="store_true")
+    options = parser.parse_args()
+    for folder in options.studies:
+        print(take(folder, UNFINISHED if options.unfinished else RESULTS))
+    if options.unfinished:
+        return
     found = [judge(path.parent) for path in sorted(RESULTS.glob("*/config.yaml"))]
     write(ROOT / "docs" / "findings.md", "tangentlab study all", ledger(found))
     papers = ledger([of_source(study, PAPER) for study in found])
     write(ROOT / "README.md", f"tangentlab study all --source '{PAPER}'", papers)
 
 
-def take(folder: Path) -> str:
+def take(folder: Path, into: Path) -> str:
     """Copy what a study measured; returns what was taken."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     lines = read_values(folder)
     config["seeds"] = sorted({line["seed"] for line in lines})
-    out = RESULTS / f"{config['study']}-tier{config['tier']}"
+    out = into / f"{config['study']}-tier{config['tier']}"
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
