@@ -7,6 +7,7 @@ its launcher, by torchrun, or by srun.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -88,6 +89,7 @@ def connect(config: RunConfig, launched: Launch) -> Any:
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else it repeats the configuration
     device = resolve_device(config.device)
     several = config.processes > 1
     if launched.by == "srun":
