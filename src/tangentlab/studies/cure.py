@@ -118,11 +118,14 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
             variant = kind(arm) == STEERED and arm != SPECTRAL
             if arm not in FINALISTS and (not chosen.whole or (variant and seed not in TUNING_SEEDS)):
                 continue
-            name = f"{arm}-{eps:.3g}"
-            own = f"--eps={eps} {words} --name={name} --seed={seed}"
-            overrides = f"{COMMON} {chosen.words} {own}"
-            found[f"{name}-{seed}"] = load_config(chosen.config, overrides.split())
+            found[f"{arm}-{eps:.3g}-{seed}"] = run_config(chosen, eps, arm, words, seed)
     return found
+
+
+def run_config(tier: Tier, eps: float, arm: str, words: str, seed: int) -> RunConfig:
+    """A run of the tier."""
+    own = f"--eps={eps} {words} --name={arm}-{eps:.3g} --seed={seed}"
+    return load_config(tier.config, f"{COMMON} {tier.words} {own}".split())
 
 
 # --- measurements ----------------------------------------------------------------------------------------
