@@ -1,6 +1,6 @@
 """Single-step methods under other settings: what the study of the cure takes for its rivals.
 
-    python benchmarks/rival_settings.py results/cure/settings.json [--tiers 0 1] [--jobs 2]
+    python benchmarks/rival_settings.py results/cure/settings-tier0.json --tier 0 [--jobs 2]
 
 On the seeds that no verdict rests on, at either eps of a tier. The runs are written to a temporary folder;
 the JSON file keeps what the study measures of each.
@@ -27,7 +27,7 @@ SETTINGS = {
     "fgsm_pgi": ("consistency", (1.0, 10.0)),
     "zero_grad": ("quantile", (0.35, 0.7)),
 }
-KEPT = ("eps", "clean_accuracy", "apgd_accuracy", "apgd_n", "collapse", "lasting_collapse", "cost", "epochs")
+KEPT = ("eps", "clean_accuracy", "apgd_accuracy", "apgd_n", "collapse", "lasting_collapse", "cost")
 
 
 def main() -> None:
@@ -35,13 +35,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tiers", type=int, nargs="+", default=[0, 1], choices=(0, 1))
+    parser.add_argument("--tier", type=int, default=1, choices=(0, 1))
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     # Once, before the file that it goes to is touched: the commit would look changed.
     machine, rows = environment(), []
-    for tier, seed, (method, (setting, values)) in product(options.tiers, TUNING_SEEDS, SETTINGS.items()):
+    tier = options.tier
+    for seed, (method, (setting, values)) in product(TUNING_SEEDS, SETTINGS.items()):
         with tempfile.TemporaryDirectory() as folder, ProgressDisplay() as display:
             runs = {
                 Path(folder) / f"{value}-{eps:.3g}": run(tier, eps, method, setting, value, seed)
