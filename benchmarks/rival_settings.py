@@ -27,7 +27,16 @@ SETTINGS = {
     "fgsm_pgi": ("consistency", (1.0, 10.0)),
     "zero_grad": ("quantile", (0.35, 0.7)),
 }
-KEPT = ("eps", "clean_accuracy", "apgd_accuracy", "apgd_n", "collapse", "lasting_collapse", "cost")
+KEPT = (
+    "eps",
+    "clean_accuracy",
+    "apgd_accuracy",
+    "apgd_n",
+    "collapse",
+    "lasting_collapse",
+    "cost",
+    "best_validation_accuracy",
+)
 
 
 def main() -> None:
@@ -40,8 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     # Once, before the file that it goes to is touched: the commit would look changed.
-    machine, rows = environment(), []
-    tier = options.tier
+    machine, rows, tier = environment(), [], options.tier
     for seed, (method, (setting, values)) in product(TUNING_SEEDS, SETTINGS.items()):
         with tempfile.TemporaryDirectory() as folder, ProgressDisplay() as display:
             runs = {
@@ -64,9 +72,7 @@ def run(tier: int, eps: float, method: str, setting: str, value: float, seed: in
 def measured(path: Path, config: RunConfig) -> dict[str, Any]:
     """Of what the study measures, what settings are compared by."""
     (line,) = cure.measure(path, config)
-    return {name: line[name] for name in KEPT} | {
-        "best_validation_accuracy": line["best_validation_accuracy"]
-    }
+    return {name: line[name] for name in KEPT}
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ def _parser() -> Parser:
                        help="default: the first three that the study judges")  # fmt: skip
     study.add_argument("--only", nargs="+", default=[], metavar="RUN",
                        help="runs of these names alone, such as pgd (default: all)")  # fmt: skip
-    study.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
-                       help="of training steps; bf16 where the processor has instructions for it "
+    study.add_argument("--precision", default="fp32",
+                       help="of training steps: fp32, or bf16 where the processor has instructions for it "
                        "(default: fp32)")  # fmt: skip
     study.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
     study.set_defaults(call=_study)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+KINDS = ("full", "class", "trace", "pseudo")
+
 # A tensor [n, ...], a tuple of them (called as model(*x)) or a dict (called as model(**x)).
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 

@@ -22,11 +22,10 @@ from tangentlab.kernels import batch
 from tangentlab.kernels.batch import BatchPlan, batch_ntk, batch_plan
 from tangentlab.modes import batchnorm_modules, evaluation, preserved
 
-from .reference import functional_batch_jacobian, jacobian, kernel, relative_error
+from .reference import KINDS, functional_batch_jacobian, jacobian, kernel, relative_error
 from .zoo import PreActivation, images, with_statistics
 
 HERE = Path(__file__).parent
-KINDS = ("full", "class", "trace", "pseudo")
 SIDES = ("batch", ("running", "batch"))
 IMAGE, VECTOR = (2, 8, 7), (6,)
 

@@ -15,9 +15,8 @@ from tangentlab.errors import KernelError
 from tangentlab.kernels import ntk, plan
 
 from .checks import TWO, Function, dense, normal, right, right_or_refused, seeded, weight
+from .reference import KINDS
 from .zoo import build, examples
-
-KINDS = ("full", "class", "trace", "pseudo")
 
 
 class Switched(nn.Module):

@@ -10,6 +10,7 @@ from tangentlab.errors import KernelError
 from tangentlab.kernels import ntk, planning
 
 from .reference import (
+    KINDS,
     batch_jacobian,
     functional_batch_jacobian,
     functional_jacobian,
@@ -18,8 +19,6 @@ from .reference import (
     relative_error,
 )
 from .zoo import MODELS, NOT_FUNCTIONAL, REFUSED, build, examples
-
-KINDS = ("full", "class", "trace", "pseudo")
 
 
 def in_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,8 @@ from tangentlab.errors import KernelError
 from tangentlab.kernels import blocks, direct, ntk, planning, replay, uses
 
 from .checks import TWO, Function, error, normal, right, right_or_refused, seeded
-from .reference import jacobian, kernel, relative_error
+from .reference import KINDS, jacobian, kernel, relative_error
 from .zoo import build, examples
-
-KINDS = ("full", "class", "trace", "pseudo")
 
 engine = importlib.import_module("tangentlab.kernels.ntk")  # the function hides its module
 

@@ -13,8 +13,7 @@ from tangentlab.errors import KernelError
 from tangentlab.kernels import ntk
 
 from .checks import TWO, Function, dense, normal, right, right_or_refused, seeded
-
-KINDS = ("full", "class", "trace", "pseudo")
+from .reference import KINDS
 
 
 class Centred(nn.Module):

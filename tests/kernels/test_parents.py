@@ -16,10 +16,8 @@ from tangentlab.errors import KernelError
 from tangentlab.kernels import ntk
 
 from .checks import Function, normal, right, seeded, weight
-from .reference import jacobian, kernel, relative_error
+from .reference import KINDS, jacobian, kernel, relative_error
 from .zoo import Made
-
-KINDS = ("full", "class", "trace", "pseudo")
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,8 @@ from tangentlab.kernels import ntk
 
 from .architectures import build as architecture
 from .architectures import examples as of_architecture
-from .reference import batch_jacobian, jacobian, kernel, relative_error
+from .reference import KINDS, batch_jacobian, jacobian, kernel, relative_error
 from .zoo import build, examples, images, with_statistics
-
-KINDS = ("full", "class", "trace", "pseudo")
 
 # What nngeometry 0.4 computes wrongly without a word, with the relative error that it was seen to have.
 SILENTLY_WRONG = {

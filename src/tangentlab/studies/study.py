@@ -203,7 +203,7 @@ def _claim_folder(folder: Path, study: Study, tier: int, seeds: Sequence[int], p
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_bytes())
-        precision = config.get("precision", "fp32")  # there since it can be chosen
+        precision = config.get("precision", "fp32")  # older folders do not name it
         return {**{name: config[name] for name in ("study", "tier", "seeds")}, "precision": precision}
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise RunFolderError(f"{folder} holds no study") from error
