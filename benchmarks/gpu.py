@@ -1,37 +1,47 @@
-"""Fill a short lease of a GPU: checks, then timings, then training runs, each written as JSON at once.
+"""Fill a short lease of a GPU: checks, then timings, then the tier of the studies that needs one.
 
     python benchmarks/gpu.py pack ~/.cache/tangentlab/data/cifar-10-batches-py .gpu   # one part a call
-    python benchmarks/gpu.py run results/gpu --data .gpu --minutes 9
+    python benchmarks/gpu.py run results/gpu --data .gpu --minutes 9 [--stages checks kernels]
     python benchmarks/gpu.py run /tmp/smoke --smoke # anywhere: seconds, on the CPU and on digits
 
-``run`` goes through the stages in order of worth and stops starting new ones when the minutes are used up;
-training resumes in the next call. Nothing is downloaded.
+``run`` goes through the stages in order of worth, each written as JSON at once, and stops starting new ones
+when the minutes are used up; training resumes in the next call. Nothing is downloaded: the parts are unpacked
+to where the studies look for CIFAR-10, unless it is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import lzma
+import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from tangentlab import ntk
+from tangentlab.data.catalogue import default_root
 from tangentlab.models import PreActResNet18
-from tangentlab.records import environment, read_run
+from tangentlab.records import environment, read_values
+from tangentlab.runs import evaluate, load_config, train_many
 from tangentlab.training import Batch, Memory, Network, PGDTraining
 
-CIFAR = "cifar-10-batches-py"
-PART_BYTES = 60 * 2**20
+PART_BYTES = 50 * 2**20
+SIDE = 50  # images to a side of a mosaic
+SHAPE = (3, 32, 32)
 ROOT = Path(__file__).parents[1]
+METHODS = ("spectral", "lazy", "trades", "n_fgsm", "fgsm_pgi", "grad_align", "atta", "free")
 
 
 def main() -> None:
@@ -46,77 +56,133 @@ def main() -> None:
     running.add_argument("out", type=Path)
     running.add_argument("--data", type=Path, default=Path(".gpu"))
     running.add_argument("--minutes", type=float, default=9.0)
+    running.add_argument("--stages", nargs="+", default=[])
     running.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     if options.command == "pack":
         pack(options.source, options.folder)
     else:
-        run(options.out, options.data, minutes=options.minutes, smoke=options.smoke)
+        unpack(options.data, default_root() / "cifar-10-batches-py")
+        run(options.out, minutes=options.minutes, chosen=options.stages, smoke=options.smoke)
+
+
+# --- data ------------------------------------------------------------------------------------------------
 
 
 def pack(source: Path, folder: Path) -> None:
-    """Write CIFAR-10's files, compressed, into FOLDER/part1, part2, ...; each small enough to carry."""
+    """Write CIFAR-10's files into FOLDER/part1, part2, ...; each small enough to carry.
+
+    The images go into mosaics of lossless WebP, which takes 0.6 of their bytes where LZMA takes 0.8.
+    """
     number, size = 1, 0
-    for file in sorted(source.iterdir()):
-        data = lzma.compress(file.read_bytes(), preset=1)
-        if size and size + len(data) > PART_BYTES:
-            number, size = number + 1, 0
-        size += len(data)
-        target = folder / f"part{number}" / f"{file.name}.xz"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-        print(target, f"{len(data) / 2**20:.1f} MiB")
+    for file in (*sorted(source.glob("*_batch*")), source / "batches.meta"):
+        for name, content in _packed(file):
+            if size and size + len(content) > PART_BYTES:
+                number, size = number + 1, 0
+            size += len(content)
+            target = folder / f"part{number}" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        print(file.name, f"part{number}", f"{size / 2**20:.1f} MiB", flush=True)
 
 
-def unpack(folder: Path) -> Path:
-    """The data's root: what the parts hold, decompressed once."""
-    root = folder / "data"
-    (root / CIFAR).mkdir(parents=True, exist_ok=True)
-    for packed in folder.glob("part*/*.xz"):
-        target = root / CIFAR / packed.stem
-        if not target.exists():
-            target.write_bytes(lzma.decompress(packed.read_bytes()))
-    return root
+def _packed(file: Path) -> Iterator[tuple[str, bytes]]:
+    """A batch as its mosaics and the rest of its dictionary; another file as it is."""
+    content = pickle.loads(file.read_bytes(), encoding="latin1")
+    if "data" not in content:
+        yield f"{file.name}.meta", file.read_bytes()
+        return
+    images = content.pop("data").reshape(-1, *SHAPE)
+    yield f"{file.name}.meta", pickle.dumps(content)
+    for first in range(0, len(images), SIDE**2):
+        tiles = np.zeros((SIDE**2, *SHAPE), dtype=np.uint8)
+        tiles[: len(images) - first] = images[first : first + SIDE**2]
+        mosaic = tiles.reshape(SIDE, SIDE, *SHAPE).transpose(0, 3, 1, 4, 2).reshape(SIDE * 32, SIDE * 32, 3)
+        buffer = io.BytesIO()
+        Image.fromarray(mosaic).save(buffer, "webp", lossless=True, quality=50)
+        yield f"{file.name}.{first:05d}.webp", buffer.getvalue()
 
 
-def run(out: Path, data: Path, *, minutes: float, smoke: bool) -> None:
-    """Every stage that the time allows, most valuable first."""
+def unpack(folder: Path, target: Path) -> None:
+    """Write CIFAR-10's files from the parts, where all of them are there and the files are not."""
+    metas = list(folder.glob("part*/*.meta"))
+    if not any(meta.stem == "batches.meta" for meta in metas) or target.exists():
+        return
+    target.mkdir(parents=True)
+    for meta in metas:
+        content = pickle.loads(meta.read_bytes(), encoding="latin1")
+        mosaics = sorted(folder.glob(f"part*/{meta.stem}.*.webp"), key=lambda path: path.name)
+        if mosaics:
+            images = np.concatenate([_tiles(path) for path in mosaics])
+            content["data"] = images[: len(content["labels"])].reshape(-1, 3 * 32 * 32)
+        (target / meta.stem).write_bytes(pickle.dumps(content, protocol=2))
+
+
+def _tiles(path: Path) -> NDArray[np.uint8]:
+    mosaic = np.asarray(Image.open(path))
+    return mosaic.reshape(SIDE, 32, SIDE, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, *SHAPE)
+
+
+# --- stages ----------------------------------------------------------------------------------------------
+
+
+def run(out: Path, *, minutes: float, chosen: list[str], smoke: bool) -> None:
+    """Every stage, or the chosen ones, that the time allows, most valuable first."""
     device = torch.device("cpu" if smoke else "cuda")
     deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    stages: list[tuple[str, Callable[[], Any]]] = [
-        ("checks", lambda: checks(smoke)),
-        (
-            "kernels",
-            lambda: [kernel_timing(device, w, n, smoke) for w, n in ((16, 128), (64, 32), (64, 128))],
-        ),
-        ("steps", lambda: [step_timing(device, w, smoke) for w in (16, 64)]),
-        ("n_fgsm", lambda: training("n_fgsm", out, data, deadline, smoke)),
-        ("pgd", lambda: training("pgd", out, data, deadline, smoke)),
-        ("n_fgsm-autoattack", lambda: autoattack("n_fgsm", out, deadline, smoke)),
-        ("pgd-autoattack", lambda: autoattack("pgd", out, deadline, smoke)),
-    ]
-    for name, stage in stages:
+    eps = ("0.28", "0.34") if smoke else ("0.0314", "0.0627")
+    stages: dict[str, Callable[[], Any]] = {
+        "checks": lambda: checks(smoke),
+        "errors": lambda: errors(device, smoke),
+        "kernels": lambda: [kernel_timing(device, w, n, smoke) for w, n in ((16, 128), (64, 32), (64, 128))],
+        "steps": lambda: [step_timing(device, w, smoke) for w in (16, 64)],
+        "methods": lambda: methods(smoke),
+        **{f"cure-{radius}": lambda radius=radius: cure(radius, out, deadline, smoke) for radius in eps},
+    }
+    for name in chosen or stages:
         if time.monotonic() > deadline:
             print(name, "left for the next call")
             continue
         started = time.monotonic()
         try:
-            found = stage()
+            found = stages[name]()
         except Exception as error:  # the next stage is worth its time all the same
             found = {"error": f"{type(error).__name__}: {error}"}
         result = {"environment": environment(), "seconds": time.monotonic() - started, "result": found}
         (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(name, json.dumps(found)[:400], flush=True)
+        print(name, f"{result['seconds']:.0f} s", json.dumps(found)[:600], flush=True)
 
 
 def checks(smoke: bool) -> dict[str, Any]:
-    """The tests that need a GPU (in the smoke test: one that needs none)."""
-    chosen = ["tests/test_randomness.py"] if smoke else ["-m", "gpu"]
+    """The tests that need a GPU (in the smoke test: some that need none)."""
+    chosen = ["tests/test_randomness.py"] if smoke else ["-m", "gpu", "tests/kernels/test_ntk.py"]
+    if not smoke:
+        chosen += ["tests/training/test_methods.py", "tests/data"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *chosen], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pytest", "-q", "-rfE", *chosen],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    return {"returncode": done.returncode, "tail": done.stdout[-2000:]}
+    return {"returncode": done.returncode, "tail": done.stdout[-2000:] + done.stderr[-500:]}
+
+
+def errors(device: torch.device, smoke: bool) -> list[dict[str, Any]]:
+    """Relative errors, in the Frobenius norm, of the device's kernels from those of the CPU in float64."""
+    model, x, _ = problem(torch.device("cpu"), 2 if smoke else 16, 4 if smoke else 10)
+    there = problem(device, 2 if smoke else 16, 4 if smoke else 10)[0]
+    rows = []
+    for kind in ("pseudo", "trace", "class", "full"):
+        for statistics in ("running", "batch"):
+            own: dict[str, Any] = {"kind": kind, "batchnorm": statistics}
+            exact = ntk(model.double(), x.double(), **own)
+            for dtype in (torch.float64, torch.float32):
+                K = ntk(there.to(dtype), x.to(device, dtype), **own).cpu().double()
+                error = float((K - exact).norm() / exact.norm())
+                rows.append({**own, "dtype": str(dtype).removeprefix("torch."), "error": error})
+    return rows
 
 
 def kernel_timing(device: torch.device, width: int, n: int, smoke: bool) -> dict[str, Any]:
@@ -131,8 +197,9 @@ def kernel_timing(device: torch.device, width: int, n: int, smoke: bool) -> dict
 
 
 def step_timing(device: torch.device, width: int, smoke: bool) -> dict[str, Any]:
-    """Examples a second of a PGD-10 training step, batch 128, fp32 and bf16."""
+    """Examples a second of a PGD-10 training step, batch 128, fp32 and bf16, channels last."""
     model, x, y = problem(device, 2 if smoke else width, 8 if smoke else 128)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     method = PGDTraining(8 / 255, 2 / 255, 1 if smoke else 10)
     draws = torch.Generator(device).manual_seed(0)
 
@@ -148,61 +215,42 @@ def step_timing(device: torch.device, width: int, smoke: bool) -> dict[str, Any]
     return found
 
 
-def training(method: str, out: Path, data: Path, deadline: float, smoke: bool) -> dict[str, Any]:
-    """PreActResNet-18 on CIFAR-10 with N-FGSM or PGD-10, in bf16, 30 epochs for both (de Jorge et al. 2022);
-    goes on where the last call stopped."""
-    words = [
-        "--precision",
-        "bf16",
-        "--channels_last",
-        "true",
-        "--evaluation.every",
-        "5",
-        "--probe.every",
-        "5",
-    ]
-    if smoke:
-        name = "digits"
-        words += ["--method", method, "--training.epochs", "1", "--evaluation.test_num_steps", "1"]
-    else:
-        name = {"n_fgsm": "cifar10-n-fgsm", "pgd": "cifar10"}[method]
-        words += [
-            "--training.epochs",
-            "30",
-            "--training.schedule",
-            "cyclic",
-            "--training.learning_rate",
-            "0.2",
-        ]
-        words += ["--data.padding", "zero", "--data.root", str(unpack(data))]
-    folder = (out / method).resolve()
-    tangentlab(["train", name, "--out", str(folder), "--resume", *words], deadline)
-    return read_run(folder).status
+def methods(smoke: bool) -> dict[str, Any]:
+    """Every method for some epochs of digits in bf16, and AutoAttack on the first."""
+    words = "--precision=bf16 --probe.every=1 --evaluation.test_size=100 --threads=1"
+    words += f" --training.epochs={1 if smoke else 3}"
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            Path(folder) / method: load_config("digits", [*words.split(), f"--method={method}"])
+            for method in (METHODS[:2] if smoke else METHODS)
+        }
+        outcomes = train_many(runs, jobs=1 if smoke else 4)
+        first = outcomes[0].folder
+        lines = evaluate(first, attacks=("autoattack",), checkpoints=("last",), test_size=4 if smoke else 50)
+        return {**{one.folder.name: str(one) for one in outcomes}, "autoattack": lines}
 
 
-def autoattack(method: str, out: Path, deadline: float, smoke: bool) -> list[dict[str, Any]]:
-    """AutoAttack on all test points (in the smoke test: on four) of the run's best and last checkpoints."""
-    folder = (out / method).resolve()
-    size = ["--test_size", "4"] if smoke else []
-    tangentlab(["evaluate", str(folder), "--attacks", "autoattack", *size], deadline)
-    return [line for line in read_run(folder).evaluations if line["attack"] == "autoattack"]
-
-
-def tangentlab(words: list[str], deadline: float) -> None:
-    """Run the command until it ends or the time is up; it then stops and saves."""
-    process = subprocess.Popen([sys.executable, "-m", "tangentlab.cli", *words], cwd=ROOT)
+def cure(eps: str, out: Path, deadline: float, smoke: bool) -> list[dict[str, Any]]:
+    """The study of the cure at this eps; goes on where the last call stopped."""
+    arms = ["fgsm", "spectral"] if smoke else ["fgsm", "spectral", "n_fgsm"]
+    words = ["--tier", "0" if smoke else "3", "--seeds", "2", "--only", *(f"{arm}-{eps}" for arm in arms)]
+    words += ["--precision", "bf16", "--jobs", "1" if smoke else "3", "--out", str((out / "cure").resolve())]
+    process = subprocess.Popen([sys.executable, "-m", "tangentlab.cli", "study", "cure", *words], cwd=ROOT)
     try:
         process.wait(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired:  # it stops and saves
         process.send_signal(signal.SIGINT)
         process.wait()
+    told = ("run", "clean_accuracy", "apgd_accuracy", "autoattack_accuracy", "collapse", "train_seconds")
+    values = read_values(out / "cure")
+    return [{key: line[key] for key in told} for line in values if line["run"].split("-")[-2] == eps]
 
 
 def problem(device: torch.device, width: int, n: int) -> tuple[nn.Module, Tensor, Tensor]:
     """A network and random images of CIFAR-10's shape."""
     torch.manual_seed(0)
-    model = PreActResNet18((3, 32, 32), 10, width=width).to(device)
-    return model, torch.rand(n, 3, 32, 32, device=device), torch.arange(n, device=device) % 10
+    model = PreActResNet18(SHAPE, 10, width=width).to(device)
+    return model, torch.rand(n, *SHAPE).to(device), torch.arange(n, device=device) % 10
 
 
 def timed(device: torch.device, call: Callable[[], Any], *, repeats: int) -> tuple[float, float, float]:

@@ -124,7 +124,9 @@ def _parser() -> Parser:
                        help="folder, gone on with where it exists (default: runs/NAME); with all: HTML file "
                        "to write instead of printing")  # fmt: skip
     study.add_argument("--source", metavar="TEXT", help="with all: claims whose source holds this text")
-    study.add_argument("--tier", type=int, default=1, help="0, 1 or 2: data and network (default: 1)")
+    study.add_argument(
+        "--tier", type=int, default=1, help="0 to 2, of some studies 3: data and network (default: 1)"
+    )
     study.add_argument("--seeds", type=_seed, nargs="+", metavar="SEED",
                        help="default: the first three that the study judges")  # fmt: skip
     study.add_argument("--only", nargs="+", default=[], metavar="RUN",

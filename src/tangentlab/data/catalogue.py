@@ -41,7 +41,7 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, download: boo
         raise ConfigError(unknown_choice("data set", name, DATASETS))
     if name in _EMBEDDED:
         return _EMBEDDED[name]()
-    folder = _default_root() if root is None else Path(root).expanduser()
+    folder = default_root() if root is None else Path(root).expanduser()
     advice = f"{name}: {_formats(name)[0][0].advice(folder)}"
     found = _find(name, folder)
     if found is None and download:
@@ -52,7 +52,7 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, download: boo
     return found
 
 
-def _default_root() -> Path:
+def default_root() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "tangentlab" / "data"
 

@@ -72,6 +72,14 @@ TIERS = {
     0: Tier("digits", overfitting.TIERS[0].words, (0.28, 0.34), 360, 360),
     1: Tier("fashion-mnist", overfitting.TIERS[1].words, (0.22, 0.33), 1000, 200),
     2: Tier("cifar10-narrow", overfitting.TIERS[2].words, (16 / 255, 24 / 255), 500, 100, whole=False),
+    3: Tier(
+        "cifar10-n-fgsm",
+        "--channels_last=true --data.validation_size=500 --evaluation.every=1",
+        (8 / 255, 16 / 255),
+        1000,
+        200,
+        whole=False,
+    ),
 }
 SPECTRAL, STEERED = "spectral", "steered by the alarm"
 SINGLE_STEP = ("fgsm", "fgsm_rs", "n_fgsm", "zero_grad", "grad_align", "fgsm_pgi")
@@ -84,7 +92,7 @@ IMAGES = 20_000  # an epoch, that the looks are judged at
 def arms(tier: Tier, eps: float) -> dict[str, str]:
     """Name -> overrides."""
     single = {method: f"--method={method}" for method in SINGLE_STEP}
-    epochs = load_config(tier.config, tier.words.split()).training.epochs
+    epochs = _tier_config(tier).training.epochs
     longer = f"--training.epochs={round(LONGER * epochs)}"
     two_steps = f"--method=pgd --method.num_steps=2 --method.step_size={0.625 * eps}"
     raised = "--method=fgsm_rs --switch.rule=alarm"
@@ -130,12 +138,16 @@ def run_config(tier: Tier, eps: float, arm: str, words: str, seed: int) -> RunCo
     return load_config(tier.config, f"{COMMON} {tier.words} {own}".split())
 
 
+def _tier_config(tier: Tier) -> RunConfig:
+    return load_config(tier.config, tier.words.split())
+
+
 # --- measurements ----------------------------------------------------------------------------------------
 
 
 def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     """A line of the run and its last checkpoint."""
-    tier = next(tier for tier in TIERS.values() if tier.config.startswith(config.data.name))
+    tier = next(tier for tier in TIERS.values() if _tier_config(tier).data == config.data)
     arm = config.name.rpartition("-")[0]
     record = read_run(folder)
     found = evaluate(folder, attacks=("none", "apgd"), checkpoints=("last",), test_size=tier.points)
@@ -380,4 +392,4 @@ FIGURES = (
     ),
 )
 
-STUDY = Study("cure", CLAIMS, runs, measure, judged, FIGURES, tuning_seeds=TUNING_SEEDS)
+STUDY = Study("cure", CLAIMS, runs, measure, judged, FIGURES, tuning_seeds=TUNING_SEEDS, tiers=tuple(TIERS))

@@ -32,6 +32,7 @@ TIERS = {
     0: "digits, small CNN",
     1: "Fashion-MNIST, 10,000 training images, CNN of three convolutions",
     2: "CIFAR-10, 10,000 training images, PreActResNet-18 of width 16",
+    3: "CIFAR-10, PreActResNet-18",
 }
 
 Values = Mapping[str, Any]
@@ -50,6 +51,7 @@ class Study:
         figures: of the raw and the derived values, for the report.
         derive: all raw values -> values that rest on several runs, which study.json carries for the figures.
         tuning_seeds: settings were chosen on; the verdicts leave them out.
+        tiers: it can be run at.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Study:
     figures: tuple[ValueFigure, ...] = ()
     derive: Callable[[Sequence[Values]], Iterable[Values]] = lambda _: ()
     tuning_seeds: tuple[int, ...] = ()
+    tiers: tuple[int, ...] = (0, 1, 2)
 
 
 def load_study(name: str) -> Study:
@@ -99,8 +102,8 @@ def run_study(
         TangentlabError: runs failed; the other seeds are measured, but nothing is judged anew.
     """
     study, folder = load_study(name), Path(out)
-    if tier not in TIERS:
-        raise ConfigError(unknown_choice("tier", tier, map(str, TIERS)))
+    if tier not in study.tiers:
+        raise ConfigError(unknown_choice("tier", tier, map(str, study.tiers)))
     if precision not in get_args(Precision):
         raise ConfigError(unknown_choice("precision", precision, get_args(Precision)))
     if seeds is None:
