@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,9 @@ def _packed(file: Path) -> Iterator[tuple[str, bytes]]:
 
 def unpack(folder: Path, target: Path) -> None:
     """Write CIFAR-10's files from the parts, where all of them are there and the files are not."""
-    metas = list(folder.glob("part*/*.meta"))
-    if not any(meta.stem == "batches.meta" for meta in metas) or target.exists():
+    metas, parts = list(folder.glob("part*/*.meta")), len(list(folder.glob("part*")))
+    ends = any(meta.parent.name == f"part{parts}" and meta.stem == "batches.meta" for meta in metas)
+    if not ends or target.exists():
         return
     target.mkdir(parents=True)
     for meta in metas:
@@ -138,7 +140,7 @@ def run(out: Path, *, minutes: float, chosen: list[str], smoke: bool) -> None:
         "kernels": lambda: [kernel_timing(device, w, n, smoke) for w, n in ((16, 128), (64, 32), (64, 128))],
         "steps": lambda: [step_timing(device, w, smoke) for w in (16, 64)],
         "methods": lambda: methods(smoke),
-        **{f"cure-{radius}": lambda radius=radius: cure(radius, out, deadline, smoke) for radius in eps},
+        **{f"cure-{radius}": partial(cure, radius, out, deadline, smoke) for radius in eps},
     }
     for name in chosen or stages:
         if time.monotonic() > deadline:

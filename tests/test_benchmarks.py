@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+STAGES = ("checks", "errors", "kernels", "steps", "methods")
 
 
 def test_the_gpu_lease_is_ready(tmp_path: Path) -> None:
-    command = [sys.executable, BENCHMARKS / "gpu.py", "run", str(tmp_path), "--smoke"]
+    command = [sys.executable, BENCHMARKS / "gpu.py", "run", str(tmp_path), "--smoke", "--stages", *STAGES]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    runs = ("n_fgsm", "pgd")
-    for stage in ("checks", "kernels", "steps", *runs, *(f"{run}-autoattack" for run in runs)):
-        result = json.loads((tmp_path / f"{stage}.json").read_text())["result"]
-        assert "error" not in result, stage
-        if stage in runs:
-            assert result["state"] == "finished"
-    assert {line["n"] for line in result} == {4}
+    found = {stage: json.loads((tmp_path / f"{stage}.json").read_text())["result"] for stage in STAGES}
+    assert not [stage for stage, result in found.items() if "error" in result]
+    assert found["checks"]["returncode"] == 0
+    assert all(row["error"] < (1e-12 if row["dtype"] == "float64" else 1e-5) for row in found["errors"])
+    assert found["methods"].pop("autoattack")[0]["n"] == 4
+    assert {said.split(": ")[1] for said in found["methods"].values()} == {"finished"}
 
 
-def test_cifar_is_packed_in_parts_and_unpacked(tmp_path: Path) -> None:
-    source = tmp_path / "cifar-10-batches-py"
+@pytest.mark.parametrize("missing", [[], ["part1"], ["part3"]])
+def test_cifar_is_packed_in_parts_and_unpacked(tmp_path: Path, missing: list[str]) -> None:
+    source, packed, unpacked = (tmp_path / name for name in ("source", "packed", "unpacked"))
     source.mkdir()
-    for k in range(3):
-        (source / f"data_batch_{k}").write_bytes(bytes([k]) * 1000)
+    draws = np.random.default_rng(0)
+    images = {f"data_batch_{k}": draws.integers(0, 256, (6, 3072), dtype=np.uint8) for k in range(3)}
+    for name, rows in images.items():
+        (source / name).write_bytes(pickle.dumps({"data": rows, "labels": list(range(6))}))
+    (source / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a"]}))
     code = (
-        "import gpu, pathlib, sys; gpu.PART_BYTES = 150; root = pathlib.Path(sys.argv[1]);"
-        "gpu.pack(root / gpu.CIFAR, root / 'packed'); print(gpu.unpack(root / 'packed'))"
+        "import gpu, pathlib, shutil, sys; gpu.PART_BYTES, gpu.SIDE = 30_000, 2;"
+        "source, packed, unpacked = map(pathlib.Path, sys.argv[1:4]); gpu.pack(source, packed);"
+        "[shutil.rmtree(packed / part) for part in sys.argv[4:]];"
+        "gpu.unpack(packed, unpacked)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=BENCHMARKS)
-    assert len(list((tmp_path / "packed").glob("part*"))) > 1
-    for file in source.iterdir():
-        assert (tmp_path / "packed" / "data" / source.name / file.name).read_bytes() == file.read_bytes()
+    words = [str(source), str(packed), str(unpacked), *missing]
+    subprocess.run([sys.executable, "-c", code, *words], check=True, cwd=BENCHMARKS)
+    assert len(list(packed.iterdir())) == 3 - len(missing)
+    if missing:
+        assert not unpacked.exists()
+        return
+    for name, rows in images.items():
+        content = pickle.loads((unpacked / name).read_bytes())
+        assert (content["data"] == rows).all()
+        assert content["labels"] == list(range(6))
+    assert pickle.loads((unpacked / "batches.meta").read_bytes()) == {"label_names": ["a"]}

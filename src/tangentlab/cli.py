@@ -125,7 +125,7 @@ def _parser() -> Parser:
                        "to write instead of printing")  # fmt: skip
     study.add_argument("--source", metavar="TEXT", help="with all: claims whose source holds this text")
     study.add_argument(
-        "--tier", type=int, default=1, help="0 to 2, of some studies 3: data and network (default: 1)"
+        "--tier", type=int, default=1, help="0 to 2 (cure: to 3): data and network (default: 1)"
     )
     study.add_argument("--seeds", type=_seed, nargs="+", metavar="SEED",
                        help="default: the first three that the study judges")  # fmt: skip

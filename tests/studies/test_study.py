@@ -88,6 +88,16 @@ def test_seeds_that_settings_were_chosen_on_are_left_out_or_named(
     assert told == ([] if asked is None else ["seed 0: for choosing settings on, and not judged"])
 
 
+def test_where_values_came_from_stays_where_none_are_measured(measured: list[str], tmp_path: Path) -> None:
+    run_study("evolution", tmp_path, tier=0, seeds=[0])
+    path = tmp_path / "study.json"
+    before = {"commit": "before"}
+    path.write_text(json.dumps({"environment": before}))
+    for seeds, stays in ([0], True), ([0, 1], False):
+        run_study("evolution", tmp_path, tier=0, seeds=seeds)
+        assert (json.loads(path.read_text())["environment"] == before) == stays
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_values_alone_are_gone_on_with(measured: list[str], tmp_path: Path, packed: bool) -> None:
     run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
@@ -131,13 +141,14 @@ def test_a_measurement_that_is_stopped_leaves_the_others(
     with pytest.raises(KeyboardInterrupt):
         run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
     assert {line["seed"] for line in read_values(tmp_path)} == {0}
+    assert json.loads((tmp_path / "study.json").read_text())["claims"][0]["values"] == {"0": 5.0}
     monkeypatch.setattr(module, "_measured", right)
     run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
     assert measured == ["tiny-0", "tiny-1"]
 
 
 def test_bad_input_is_named(measured: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="tier 3 is unknown; choose from '0', '1', '2'"):
+    with pytest.raises(ConfigError, match="tier 3 is unknown; choose from '0', '1', '2'$"):
         run_study("evolution", tmp_path, tier=3)
     run_study("evolution", tmp_path / "a", tier=0, seeds=[0])
     with pytest.raises(ConfigError, match="holds tier 0, not 1; give another --out"):

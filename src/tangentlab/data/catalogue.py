@@ -53,6 +53,7 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, download: boo
 
 
 def default_root() -> Path:
+    """Where the data sets are unless said otherwise."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "tangentlab" / "data"
 

@@ -55,7 +55,9 @@ class Split:
         if isinstance(index, Tensor):
             index = index.to(self.images.device)
         images = self.images if index is None else self.images[index]
-        return images.to(device).to(torch.float32).div_(self.scale)
+        images = images.to(device).to(torch.float32)
+        # By a tensor there: GPUs multiply by the reciprocal of a plain number, which rounds otherwise.
+        return images.div_(torch.full((), float(self.scale), device=images.device))
 
     def select(self, index: Tensor) -> Split:
         """The examples at ``index`` (int64 [m] or bool [n]), in that order."""

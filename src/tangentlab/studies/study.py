@@ -88,7 +88,7 @@ def run_study(
     jobs: int = 1,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Seed by seed, train what is not trained and measure what is not measured; judge, and return study.json.
+    """Seed by seed, train what is not trained, measure what is not measured, and judge; returns study.json.
 
     The same call again goes on; more seeds may be added. A seed whose values are all there needs its runs no
     more, so that a folder with config.yaml and values.jsonl alone goes on, on another machine too. Without
@@ -99,7 +99,7 @@ def run_study(
     Raises:
         ConfigError: an unknown study, tier, run or precision, or ``out`` holds another study.
         InterruptedRunError: Ctrl-C; the same call goes on.
-        TangentlabError: runs failed; the other seeds are measured, but nothing is judged anew.
+        TangentlabError: runs failed; the other seeds are measured.
     """
     study, folder = load_study(name), Path(out)
     if tier not in study.tiers:
@@ -142,9 +142,17 @@ def run_study(
             _append(folder, lines)
             if display is not None:
                 display.note(f"{run.name}: measured")
+        _judge(folder, environment())
     check_outcomes(outcomes)
-    found = judge_study(folder)
-    write_atomic(folder / "study.json", json_bytes({**found, "environment": environment()}))
+    return _judge(folder)
+
+
+def _judge(folder: Path, measured: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write study.json, with where values were last measured: now, or else as it says there."""
+    path, found = folder / "study.json", judge_study(folder)
+    if measured is None:
+        measured = json.loads(path.read_bytes())["environment"] if path.exists() else environment()
+    write_atomic(path, json_bytes({**found, "environment": measured}))
     return found
 
 
