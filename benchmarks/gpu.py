@@ -1,12 +1,12 @@
-"""Fill a short lease of a GPU: checks, then timings, then the tier of the studies that needs one.
+"""Fill a short lease of a GPU: checks, then timings, then studies.
 
     python benchmarks/gpu.py pack ~/.cache/tangentlab/data/cifar-10-batches-py .gpu   # one part a call
     python benchmarks/gpu.py run results/gpu --data .gpu --minutes 9 [--stages checks kernels]
     python benchmarks/gpu.py run /tmp/smoke --smoke # anywhere: seconds, on the CPU and on digits
 
 ``run`` goes through the stages in order of worth, each written as JSON at once, and stops starting new ones
-when the minutes are used up; training resumes in the next call. Nothing is downloaded: the parts are unpacked
-to where the studies look for CIFAR-10, unless it is there.
+when the minutes are used up; a study goes on in the next call. Nothing is downloaded: the parts are unpacked
+to where the studies look for CIFAR-10, unless it is there; other data sets are carried there as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -36,12 +37,19 @@ from tangentlab.data.catalogue import default_root
 from tangentlab.models import PreActResNet18
 from tangentlab.records import environment, read_values
 from tangentlab.runs import evaluate, load_config, train_many
+from tangentlab.studies import judge_study
 from tangentlab.training import Batch, Memory, Network, PGDTraining
 
 PART_BYTES = 50 * 2**20
 SIDE = 50  # images to a side of a mosaic
 SHAPE = (3, 32, 32)
 ROOT = Path(__file__).parents[1]
+STUDIES = {
+    "lazy-tier1": "lazy --tier 1 --seeds 3 4 5",
+    "overfitting-tier1": "overfitting --tier 1 --seeds 2 3 4 5 6",
+    "cure-tier1": "cure --tier 1 --seeds 2 3 4 5 6",
+    "cure-tier3": "cure --tier 3 --seeds 2 3 4 --precision bf16",
+}
 METHODS = ("spectral", "lazy", "trades", "n_fgsm", "fgsm_pgi", "grad_align", "atta", "free")
 
 
@@ -133,14 +141,13 @@ def run(out: Path, *, minutes: float, chosen: list[str], smoke: bool) -> None:
     device = torch.device("cpu" if smoke else "cuda")
     deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    eps = ("0.28", "0.34") if smoke else ("0.0314", "0.0627")
     stages: dict[str, Callable[[], Any]] = {
         "checks": lambda: checks(smoke),
         "errors": lambda: errors(device, smoke),
         "kernels": lambda: [kernel_timing(device, w, n, smoke) for w, n in ((16, 128), (64, 32), (64, 128))],
         "steps": lambda: [step_timing(device, w, smoke) for w in (16, 64)],
         "methods": lambda: methods(smoke),
-        **{f"cure-{radius}": partial(cure, radius, out, deadline, smoke) for radius in eps},
+        **{name: partial(study, words, out / name, deadline, smoke) for name, words in STUDIES.items()},
     }
     for name in chosen or stages:
         if time.monotonic() > deadline:
@@ -232,20 +239,20 @@ def methods(smoke: bool) -> dict[str, Any]:
         return {**{one.folder.name: str(one) for one in outcomes}, "autoattack": lines}
 
 
-def cure(eps: str, out: Path, deadline: float, smoke: bool) -> list[dict[str, Any]]:
-    """The study of the cure at this eps; goes on where the last call stopped."""
-    arms = ["fgsm", "spectral"] if smoke else ["fgsm", "spectral", "n_fgsm"]
-    words = ["--tier", "0" if smoke else "3", "--seeds", "2", "--only", *(f"{arm}-{eps}" for arm in arms)]
-    words += ["--precision", "bf16", "--jobs", "1" if smoke else "3", "--out", str((out / "cure").resolve())]
-    process = subprocess.Popen([sys.executable, "-m", "tangentlab.cli", "study", "cure", *words], cwd=ROOT)
+def study(words: str, out: Path, deadline: float, smoke: bool) -> dict[str, Any]:
+    """A study; goes on where the last call stopped. A run leaves a GPU idle: as many at once as cores."""
+    if smoke:
+        words = "cure --tier 0 --seeds 0 --only fgsm-0.28"
+    jobs = 1 if smoke else max(1, (os.cpu_count() or 1) - 1)
+    command = [sys.executable, "-m", "tangentlab.cli", "study", *words.split()]
+    process = subprocess.Popen([*command, "--jobs", str(jobs), "--out", str(out.resolve())], cwd=ROOT)
     try:
         process.wait(timeout=max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:  # it stops and saves
         process.send_signal(signal.SIGINT)
         process.wait()
-    told = ("run", "clean_accuracy", "apgd_accuracy", "autoattack_accuracy", "collapse", "train_seconds")
-    values = read_values(out / "cure")
-    return [{key: line[key] for key in told} for line in values if line["run"].split("-")[-2] == eps]
+    values = read_values(out)
+    return {"runs": len({line["run"] for line in values}), "claims": judge_study(out)["claims"]}
 
 
 def problem(device: torch.device, width: int, n: int) -> tuple[nn.Module, Tensor, Tensor]:
