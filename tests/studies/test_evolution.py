@@ -16,6 +16,7 @@ from tangentlab.models import PreActResNet18, SmallCNN
 from tangentlab.records import read_run
 from tangentlab.runs import RunConfig, train
 from tangentlab.studies import evolution
+from tangentlab.studies import evolution_claims as judging
 from tangentlab.studies.claims import Verdict
 
 Make = Callable[..., RunConfig]
@@ -127,11 +128,11 @@ def planted(seed: int = 0, data: str = "images", **changed: float) -> Iterable[L
     numbers = {"settled": 0.1, "to_trades": 0.01, "robust": 0.5, "moved": 0.6, "third": 0.9} | changed
     few = {"data": "few", "seed": seed, "method": "pgd", "schedule": "piecewise", "what": "run"}
     yield few | {"robust_overfitting": 0.1, "moved": 1.26}
-    for method in evolution.METHODS:
-        for schedule in evolution.SCHEDULES:
+    for method in judging.METHODS:
+        for schedule in (*judging.DECAYING, "constant"):
             place = {"seed": seed, "data": data, "method": method, "schedule": schedule}
             adversarial = method != "standard"
-            overfits = evolution.METHODS.index(method)
+            overfits = judging.METHODS.index(method)
             yield place | {
                 "what": "run",
                 "settled": numbers["settled"] if adversarial else 0.3,
@@ -151,7 +152,7 @@ def planted(seed: int = 0, data: str = "images", **changed: float) -> Iterable[L
             )
             yield place | stages | found | {"third_probability": numbers["third"] if adversarial else 0.1}
             for step in range(5):
-                counts = {name: float(step**2 + overfits) for name in evolution.COUNTS}
+                counts = {name: float(step**2 + overfits) for name in judging.COUNTS}
                 yield place | {"what": "snapshot", "inputs": "clean", "step": step} | counts
                 yield place | {"what": "snapshot", "inputs": "clean~pgd", "step": step, "in_top": 0.8}
             for layer, distance in (("first", 0.4), ("last", 0.1)):
@@ -162,13 +163,13 @@ def planted(seed: int = 0, data: str = "images", **changed: float) -> Iterable[L
 
 
 def judged(lines: Iterable[Line]) -> dict[tuple[str, str], Verdict]:
-    found = evolution.verdicts(list(lines), "images")
+    found = judging.verdicts(list(lines), "images")
     return {(v.claim.id.removeprefix("evolution/"), v.setting): v for v in found}
 
 
 def test_planted_effects_are_found_and_can_be_refuted() -> None:
     true = judged(line for seed in range(3) for line in planted(seed))
-    assert {name for name, _ in true} == {claim.id.removeprefix("evolution/") for claim in evolution.CLAIMS}
+    assert {name for name, _ in true} == {claim.id.removeprefix("evolution/") for claim in judging.CLAIMS}
     assert {verdict.verdict for verdict in true.values()} == {"supported"}
     assert true["settles-earlier", "images"].effect == pytest.approx(3)
     assert true["elsewhere", "images"].effect == pytest.approx(10)
@@ -197,7 +198,7 @@ def test_metrics_that_repeat_another_are_found() -> None:
             yield line | {"step": step} | metrics
 
     lines = [line for shift in range(4) for line in snapshots(f"run-{shift}", shift)]
-    found = {line["pair"]: line for line in evolution.repetitions([*lines, lines[0] | {"data": "table"}])}
+    found = {line["pair"]: line for line in judging.repetitions([*lines, lines[0] | {"data": "table"}])}
     # A constant is in no order.
     assert set(found) == {
         "entropy rank, top mass",
@@ -217,8 +218,8 @@ def test_the_table_is_judged_by_itself_and_missing_runs_are_no_evidence() -> Non
     table = [line for seed in range(3) for line in planted(seed, "table", settled=0.29)]
     found = judged([*lines, *table])
     assert found["settles-earlier", "images"].verdict == "supported"
-    assert found["settles-earlier", evolution.TABLE_SETTING].verdict == "refuted"
-    assert ("first-layer", evolution.TABLE_SETTING) not in found
+    assert found["settles-earlier", judging.TABLE_SETTING].verdict == "refuted"
+    assert ("first-layer", judging.TABLE_SETTING) not in found
     # Without TRADES, and the constant rate of one seed alone.
     some = [x for x in lines if x["method"] != "trades" and (x["schedule"] != "constant" or x["seed"] == 1)]
     found = judged([{key: value for key, value in line.items() if key != "to_trades"} for line in some])
