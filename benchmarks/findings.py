@@ -23,6 +23,7 @@ from tangentlab.files import json_bytes
 from tangentlab.records import read_values
 from tangentlab.studies import judge_study, ledger, of_source
 from tangentlab.studies.claims import PAPER
+from tangentlab.studies.study import load_study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "studies"
@@ -52,6 +53,9 @@ def take(folder: Path, into: Path) -> str:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     lines = read_values(folder)
     config["seeds"] = sorted({line["seed"] for line in lines})
+    # As one call would have measured them: figures name their curves in this order.
+    order = list(load_study(config["study"]).runs(config["tier"], config["seeds"]))
+    lines.sort(key=lambda line: order.index(line["run"]))
     out = into / f"{config['study']}-tier{config['tier']}"
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

@@ -44,9 +44,9 @@ PART_BYTES = 50 * 2**20
 SIDE = 50  # images to a side of a mosaic
 SHAPE = (3, 32, 32)
 ROOT = Path(__file__).parents[1]
+# Those that train and measure on the device; others measure on the CPU.
 STUDIES = {
     "lazy-tier1": "lazy --tier 1 --seeds 3 4 5",
-    "overfitting-tier1": "overfitting --tier 1 --seeds 2 3 4 5 6",
     "cure-tier1": "cure --tier 1 --seeds 2 3 4 5 6",
     "cure-tier3": "cure --tier 3 --seeds 2 3 4 --precision bf16",
 }
