@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tangentlab.records import read_values
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 STAGES = ("checks", "errors", "kernels", "steps", "methods")
 
@@ -52,3 +54,27 @@ def test_cifar_is_packed_in_parts_and_unpacked(tmp_path: Path, missing: list[str
         assert (content["data"] == rows).all()
         assert content["labels"] == list(range(6))
     assert pickle.loads((unpacked / "batches.meta").read_bytes()) == {"label_names": ["a"]}
+
+
+def test_a_study_under_way_is_kept_as_one_call_would_have_measured_it(tmp_path: Path) -> None:
+    runs = ["fgsm-0.28-1", "spectral-0.34-1", "fgsm-0.28-0"]
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("{study: cure, tier: 0, precision: fp32, seeds: [0, 1, 2]}")
+    (folder / "values.jsonl").write_text(
+        "".join(json.dumps({"run": run, "seed": int(run[-1])}) + "\n" for run in runs)
+    )
+    there = {"command": "tangentlab study cure --out somewhere/else --tier 0", "torch": "2"}
+    (folder / "study.json").write_text(json.dumps({"environment": there}))
+    code = (
+        "import findings, pathlib, sys; study, into = map(pathlib.Path, sys.argv[1:]);"
+        "print(findings.take(study, into))"
+    )
+    words = [sys.executable, "-c", code, str(folder), str(tmp_path / "kept")]
+    said = subprocess.run(words, check=True, cwd=BENCHMARKS, capture_output=True, text=True).stdout
+    kept = tmp_path / "kept" / "cure-tier0"
+    assert said == f"{kept}: seeds [0, 1], 3 values\n"
+    assert [line["run"] for line in read_values(kept)] == [runs[2], runs[0], runs[1]]
+    assert json.loads((kept / "study.json").read_text()) == {
+        "environment": {"command": "tangentlab study cure --tier 0", "torch": "2"}
+    }
