@@ -44,10 +44,13 @@ PART_BYTES = 50 * 2**20
 SIDE = 50  # images to a side of a mosaic
 SHAPE = (3, 32, 32)
 ROOT = Path(__file__).parents[1]
-# Those that train and measure on the device; others measure on the CPU.
 STUDIES = {
+    # Small ones first: what fails on a GPU alone shows in a minute.
+    "transfer-tier0": "transfer --tier 0 --seeds 3",
+    "overfitting-tier0": "overfitting --tier 0 --seeds 0 --only fgsm-0.28",
     "lazy-tier1": "lazy --tier 1 --seeds 3 4 5",
     "cure-tier1": "cure --tier 1 --seeds 2 3 4 5 6",
+    "overfitting-tier1": "overfitting --tier 1 --seeds 2 3 4 5 6",
     "cure-tier3": "cure --tier 3 --seeds 2 3 4 --precision bf16",
 }
 METHODS = ("spectral", "lazy", "trades", "n_fgsm", "fgsm_pgi", "grad_align", "atta", "free")

@@ -17,7 +17,7 @@ cost buys.
 
 The threshold that steers was set after single runs; the seeds 0 and 1 are there to choose it and the rivals'
 settings on, and are not judged. The variants of what the alarm steers to are for them alone.
-Hardware and time: a CPU.
+Hardware and time: a CPU; for tier 3 a GPU.
 """
 
 from __future__ import annotations

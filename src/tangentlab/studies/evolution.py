@@ -33,7 +33,14 @@ from tangentlab.probes import KernelProbe
 from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
-from tangentlab.runs.build import Examples, build_attack, build_data, build_model, build_probe
+from tangentlab.runs.build import (
+    Examples,
+    build_attack,
+    build_data,
+    build_model,
+    build_probe,
+    resolve_device,
+)
 from tangentlab.runs.evaluation import checkpoint_path, count_correct, kept_checkpoints
 from tangentlab.runs.frozen import train_frozen
 from tangentlab.studies.evolution_claims import (
@@ -139,7 +146,7 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     ]
     if config.training.schedule == "piecewise" and place == "images":
         examples = build_data(config)
-        model = build_model(config, examples, torch.device("cpu"))
+        model = build_model(config, examples, resolve_device(config.device))
         lines += _layers(folder, config, examples, model)
         if config.method["name"] in ("standard", "pgd"):
             lines.append(_carried(record, config, examples, model))
@@ -303,9 +310,9 @@ def _carried(record: RunRecord, config: RunConfig, examples: Examples, model: nn
     )
     points = examples.validation.select(torch.arange(min(CARRIED_POINTS, len(examples.validation))))
     attacks = {"clean": None, "robust": build_attack(config, num_steps=10)}
+    device = next(network.parameters()).device
     found = {
-        name: count_correct(network, points, attack, seed=config.seed, device=torch.device("cpu"))
-        / len(points)
+        name: count_correct(network, points, attack, seed=config.seed, device=device) / len(points)
         for name, attack in attacks.items()
     }
     return {"what": "carried", "n": len(points), **found}

@@ -27,13 +27,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from tangentlab import data
 from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
-from tangentlab.runs.build import build_data, build_model
+from tangentlab.runs.build import build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import kept_checkpoints
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, judge_share
 from tangentlab.studies.overfitting_signals import (
@@ -132,11 +130,12 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     examples = build_data(config)
     run = _run(read_run(folder), config, len(examples.train))
     yield run
-    model = build_model(config, examples, torch.device("cpu"))
+    device = resolve_device(config.device)
+    model = build_model(config, examples, device)
     size = max(PROBED, EXAMPLES)
     # Disjoint; the first PROBED of either have equally many of each class.
     sets = data.class_balanced(examples.train.labels, 2 * size, seed=config.seed).split(size)
-    first, second = ((examples.train.x(index), examples.train.labels[index]) for index in sets)
+    first, second = ((examples.train.x(i, device), examples.train.labels[i].to(device)) for i in sets)
     pooled = PooledSignals(*first, config)
     for look, (number, path) in enumerate(kept_checkpoints(folder).items()):
         at = load_weights(path, model)["extra"]["epoch"]

@@ -37,7 +37,7 @@ from tangentlab.probes import accuracy
 from tangentlab.records import read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
-from tangentlab.runs.build import Examples, build_attack, build_data, build_model
+from tangentlab.runs.build import Examples, build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import count_correct, kept_checkpoints
 from tangentlab.runs.frozen import train_frozen
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge_seeds
@@ -162,11 +162,11 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
 def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     """The lines of one run; the other methods' runs of its seed lie beside it."""
     examples = build_data(config)
-    model = build_model(config, examples, torch.device("cpu"))
+    model = build_model(config, examples, resolve_device(config.device))
     points = examples.validation.select(torch.arange(min(POINTS, len(examples.validation))))
     judge_by = Unhidden(build_attack(config, num_steps=10), Square(config.eps, QUERIES))
     moments = _moments(folder, config)
-    ended = build_model(config, examples, torch.device("cpu"))
+    ended = build_model(config, examples, resolve_device(config.device))
     last = load_weights(moments["end"], ended)["extra"]["epoch"]
     network = _accuracies(ended, points, judge_by, config.seed)
     yield {"what": "run", "moment": "end", "epoch": last, **network, "n": len(points)}
@@ -261,7 +261,7 @@ class Unhidden:
 
 
 def _accuracies(model: nn.Module, points: Split, attack: Unhidden, seed: int) -> dict[str, float]:
-    device = torch.device("cpu")
+    device = next(model.parameters()).device
     attacks: dict[str, Attack | None] = {
         "clean_accuracy": None,
         "pgd_accuracy": attack.pgd,
@@ -277,7 +277,7 @@ def _class_kernels(model: nn.Module, examples: Examples, config: RunConfig) -> T
     """[C, n, n] on class-balanced training examples."""
     index = data.class_balanced(examples.train.labels, PROBED, seed=config.seed)
     model.requires_grad_(True)
-    return ntk(model, examples.train.x(index), kind="class")
+    return ntk(model, examples.train.x(index), kind="class").cpu()
 
 
 def _described(
@@ -290,7 +290,7 @@ def _described(
         "target_alignment": float(metrics.kernel_target_alignment(kernel, labels).mean()),
         "entropy_rank": float(metrics.entropy_rank(kernel).mean()),
     }
-    other = build_model(config, examples, torch.device("cpu"))
+    other = build_model(config, examples, resolve_device(config.device))
     for method in METHODS:
         beside = folder.parent / f"{method}-{config.seed}"
         if method != config.method["name"] and beside.exists() and read_run(beside).state == "finished":
@@ -326,9 +326,12 @@ def _regression(
     targets = F.one_hot(examples.train.labels[index], classes) - 1 / classes
     model.requires_grad_(True)
     ridge = RIDGE * float(kernel.diagonal(dim1=-2, dim2=-1).mean())
-    fitted, found = fit(model, examples.train.x(index), targets, ridge=ridge)
+    device = next(model.parameters()).device
+    fitted, found = fit(model, examples.train.x(index, device), targets.to(device), ridge=ridge)
     noise = randomness.generator(config.seed, "transfer/crafting")
-    transferred = accuracy(ended, points.x(), points.labels, attack.pgd, generator=noise, against=fitted)
+    transferred = accuracy(
+        ended, points.x(device=device), points.labels.to(device), attack.pgd, generator=noise, against=fitted
+    )
     return {
         **_accuracies(fitted, points, attack, config.seed),
         "transferred_accuracy": transferred,
