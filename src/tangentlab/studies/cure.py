@@ -70,7 +70,7 @@ COMMON = (
 )
 TIERS = {
     0: Tier("digits", overfitting.TIERS[0].words, (0.28, 0.34), 360, 360),
-    1: Tier("fashion-mnist", overfitting.TIERS[1].words, (0.22, 0.33), 1000, 200),
+    1: Tier("fashion-mnist", overfitting.TIERS[1].words, (0.2, 0.3), 1000, 200),
     2: Tier("cifar10-narrow", overfitting.TIERS[2].words, (16 / 255, 24 / 255), 500, 100, whole=False),
     3: Tier(
         "cifar10-n-fgsm",

@@ -89,10 +89,11 @@ TIERS = {
     0: Tier("digits", "", (0.2, 0.28, 0.34), every=0.5),
     1: Tier(
         "fashion-mnist",
-        # At a rate of 0.1 networks die or hardly learn; from eps 0.25 on they collapse in the first epoch.
+        # At a rate of 0.02 collapses seldom last, at 0.1 networks die or hardly learn. At 0.05 FGSM training
+        # collapses at eps 0.2 and not at 0.15; at 0.25 it never learns, and FGSM-RS does (2,000 images).
         "--training.epochs=10 --training.batch_size=64 --training.schedule=constant "
-        "--training.learning_rate=0.02 --channels_last=true",
-        (0.15, 0.2, 0.22),
+        "--training.learning_rate=0.05 --channels_last=true",
+        (0.15, 0.2, 0.25),
     ),
     2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), 0.25, ("pgd",), SINGLE_STEP),
 }
