@@ -127,7 +127,7 @@ TIERS = {
         2048,
         500,
         2,
-        ("running", "dual", "none"),
+        ("updates-loss", "running", "dual", "none"),
     ),
 }
 GRID = ("standard", "pgd")  # methods whose networks meet every batch size, momentum and variance
