@@ -53,6 +53,7 @@ STUDIES = {
     "overfitting-tier1": "overfitting --tier 1 --seeds 2 3 4 5 6",
     "cure-tier3": "cure --tier 3 --seeds 2 3 4 --precision bf16",
 }
+STAGES = ("checks", "errors", "kernels", "steps", "methods", *STUDIES)
 METHODS = ("spectral", "lazy", "trades", "n_fgsm", "fgsm_pgi", "grad_align", "atta", "free")
 
 
@@ -68,7 +69,7 @@ def main() -> None:
     running.add_argument("out", type=Path)
     running.add_argument("--data", type=Path, default=Path(".gpu"))
     running.add_argument("--minutes", type=float, default=9.0)
-    running.add_argument("--stages", nargs="+", default=[])
+    running.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     running.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     if options.command == "pack":
@@ -140,7 +141,7 @@ def _tiles(path: Path) -> NDArray[np.uint8]:
 
 
 def run(out: Path, *, minutes: float, chosen: list[str], smoke: bool) -> None:
-    """Every stage, or the chosen ones, that the time allows, most valuable first."""
+    """The chosen stages that the time allows."""
     device = torch.device("cpu" if smoke else "cuda")
     deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ def run(out: Path, *, minutes: float, chosen: list[str], smoke: bool) -> None:
         "methods": lambda: methods(smoke),
         **{name: partial(study, words, out / name, deadline, smoke) for name, words in STUDIES.items()},
     }
-    for name in chosen or stages:
+    for name in chosen:
         if time.monotonic() > deadline:
             print(name, "left for the next call")
             continue
