@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def _tiles(path: Path) -> NDArray[np.uint8]:
 # --- stages ----------------------------------------------------------------------------------------------
 
 
-def run(out: Path, *, minutes: float, chosen: list[str], smoke: bool) -> None:
+def run(out: Path, *, minutes: float, chosen: Sequence[str], smoke: bool) -> None:
     """The chosen stages that the time allows."""
     device = torch.device("cpu" if smoke else "cuda")
     deadline = time.monotonic() + 60 * minutes
@@ -229,7 +229,7 @@ def step_timing(device: torch.device, width: int, smoke: bool) -> dict[str, Any]
 
 
 def methods(smoke: bool) -> dict[str, Any]:
-    """Every method for some epochs of digits in bf16, and AutoAttack on the first."""
+    """METHODS for some epochs of digits in bf16, and AutoAttack on the first."""
     words = "--precision=bf16 --probe.every=1 --evaluation.test_size=100 --threads=1"
     words += f" --training.epochs={1 if smoke else 3}"
     with tempfile.TemporaryDirectory() as folder:
@@ -256,7 +256,8 @@ def study(words: str, out: Path, deadline: float, smoke: bool) -> dict[str, Any]
         process.send_signal(signal.SIGINT)
         process.wait()
     values = read_values(out)
-    return {"runs": len({line["run"] for line in values}), "claims": judge_study(out)["claims"]}
+    runs = len({line["run"] for line in values})
+    return {"returncode": process.returncode, "runs": runs, "claims": judge_study(out)["claims"]}
 
 
 def problem(device: torch.device, width: int, n: int) -> tuple[nn.Module, Tensor, Tensor]:
