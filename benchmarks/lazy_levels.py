@@ -1,7 +1,7 @@
 """Where the kernel's velocity levels off under PGD training, over the fastest: what the levels of
 the switch's rule were chosen by.
 
-    python benchmarks/lazy_levels.py results/lazy/levels.json --seeds 0 1 2
+    python benchmarks/lazy_levels.py results/lazy/levels.json --seeds 0 1 2 --precision bf16
 
 Fashion-MNIST at tier 1, the first half of the training, before the learning rate falls; the switch looks and
 never changes. The runs are written to a temporary folder; the JSON file keeps their velocities.
@@ -14,10 +14,10 @@ import json
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 from tangentlab.records import environment
-from tangentlab.runs import load_config, train
+from tangentlab.runs import Precision, load_config, train
 
 INPUTS = ("clean", "pgd")
 WATCHING = (
@@ -34,20 +34,21 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of training steps")
     options = parser.parse_args()
     # Once, before the file that it goes to is touched: the commit would look changed.
     machine, rows = environment(), []
     for seed in options.seeds:
         for inputs in INPUTS:
-            rows.append(row(seed, inputs))
+            rows.append(row(seed, inputs, options.precision))
             print(json.dumps({key: rows[-1][key] for key in ("seed", "inputs", "level")}), flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps({"environment": machine, "runs": rows}, indent=1) + "\n")
 
 
-def row(seed: int, inputs: str) -> dict[str, Any]:
+def row(seed: int, inputs: str, precision: Precision) -> dict[str, Any]:
     """One run's velocities, and the median of the level ones over the fastest."""
-    words = [*WATCHING.split(), f"--switch.inputs={inputs}", f"--seed={seed}"]
+    words = [*WATCHING.split(), f"--switch.inputs={inputs}", f"--precision={precision}", f"--seed={seed}"]
     with tempfile.TemporaryDirectory() as folder:
         record = train(load_config("fashion-mnist", words), Path(folder) / "run")
     epochs, velocity = record.series("switch/velocity")
@@ -55,6 +56,7 @@ def row(seed: int, inputs: str) -> dict[str, Any]:
     return {
         "seed": seed,
         "inputs": inputs,
+        "precision": precision,
         "level": level / max(velocity),
         "epochs": epochs,
         "velocity": velocity,
