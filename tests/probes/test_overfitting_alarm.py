@@ -103,7 +103,7 @@ def test_what_it_sees_is_the_share_and_the_model_stays() -> None:
     assert all(p.grad is None for p in model.parameters())
     for step in (1, 2):
         one.update(model, step)
-    assert one.cost == 12 * len(X)  # a third at each look
+    assert one.cost == 10 * len(X)  # a third at each look
 
     model.eval()
     attacks = tl.attacks.FGSM(0.1), tl.attacks.PGD(0.1, 0.05, 2, random_start=False)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tangentlab as tl
-from tangentlab.attacks import FGSM, PGD
+from tangentlab.attacks import FGSM, PGD, NaNGradientError
 from tangentlab.errors import ConfigError, KernelError
-from tangentlab.probes import SignedSum, linearity_signals, update_signals
+from tangentlab.probes import SignedSum, linearity_signals, one_and_two_steps, update_signals
 
 EPS = 0.1
 NAMES = {
@@ -201,3 +202,19 @@ def test_a_signed_sums_kernel_is_the_quadratic_form_of_the_full_one() -> None:
     assert sorted(signs.tolist()) == [-1, -1, 1]  # of an odd number the balance is one off
     kernel = torch.einsum("c,ijcd,d->ij", signs, tl.ntk(model, x, kind="full"), signs)
     assert torch.allclose(tl.ntk(signed, x), kernel, rtol=1e-10)
+
+
+def test_one_and_two_steps_are_fgsm_and_pgd() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    x = torch.rand(20, 1, 3, 3, dtype=torch.float64)
+    y = torch.arange(20) % 2
+    x[0] = 0.98  # the box cuts both off
+    one, two = one_and_two_steps(model, x, y, eps=EPS)
+    assert torch.equal(one, FGSM(EPS)(model, x, y))
+    assert torch.equal(two, PGD(EPS, EPS / 2, 2, random_start=False)(model, x, y))
+    assert not torch.equal(one, two)
+    with pytest.raises(ConfigError, match="eps=8"):
+        one_and_two_steps(model, x, y, eps=8)
+    with pytest.raises(NaNGradientError, match="20 of 20"):
+        one_and_two_steps(model, x * math.nan, y, eps=EPS)

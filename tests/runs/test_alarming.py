@@ -20,7 +20,7 @@ from tangentlab.training import TrainingState
 from tiny import TINY
 
 Make = Callable[..., RunConfig]
-LOOKS = ("--alarm.every=0.34", "--alarm.start=0", "--alarm.size=60")  # a look a step
+LOOKS = ("--alarm.every=1", "--alarm.start=0", "--alarm.size=60")
 
 
 class Said:
@@ -111,7 +111,7 @@ def test_while_it_is_raised_the_other_method_trains_and_all_is_counted(
     crafted = [1 + int(line["alarm/raised"]) for line in record.metrics if "alarm/raised" in line]
     for epoch in (1, 2, 3):
         assert costs[epoch]["input_backwards"] == pytest.approx(sum(crafted[: 3 * epoch]) / 3)
-    assert costs[3]["steering_cost"] == pytest.approx(9 * 12 * 20 / 120)
+    assert costs[3]["steering_cost"] == pytest.approx(9 * 10 * 20 / 120)
     spent = costs[3]["forwards"] + costs[3]["input_backwards"] + 2 * costs[3]["full_backwards"]
     assert costs[3]["cost"] == pytest.approx(spent + costs[3]["steering_cost"])
     assert record.status["steering_seconds"] > 0
@@ -148,7 +148,7 @@ def test_training_goes_back_to_the_weights_before_each_alarm(
 def test_spectral_is_one_step_and_two_while_the_alarm_is_raised(tmp_path: Path) -> None:
     config = load_config("digits", ["--method=spectral", "--eps=0.2"])
     assert config.method["name"] == "fgsm_rs"
-    assert (config.switch.rule, config.alarm.every, config.alarm.threshold) == ("alarm", 0.125, 0.75)
+    assert (config.switch.rule, config.alarm.every, config.alarm.threshold) == ("alarm", 20, 0.75)
     assert load_config("digits", []).alarm.threshold < 0.75
     to = dict(config.switch.to)
     assert (to["name"], to["num_steps"], to["eps"], to["step_size"]) == ("pgd", 2, 0.2, 0.125)
@@ -160,15 +160,16 @@ def test_spectral_is_one_step_and_two_while_the_alarm_is_raised(tmp_path: Path) 
     assert (off.switch.rule, off.switch.to) == ("none", {})
     (tmp_path / "config.yaml").write_text(dump(load_config("digits", [])))
     on = load_config(tmp_path, ["--method=spectral"])
-    assert (on.method["name"], on.switch.rule, on.alarm.every) == ("fgsm_rs", "alarm", 0.125)
-    own = load_config("digits", ["--method=n_fgsm", "--switch.rule=alarm", "--alarm.every=0.5"])
-    assert (own.method["name"], own.alarm.every, own.switch.to["name"]) == ("n_fgsm", 0.5, "pgd")
+    assert (on.method["name"], on.switch.rule, on.alarm.every) == ("fgsm_rs", "alarm", 20)
+    own = load_config("digits", ["--method=n_fgsm", "--switch.rule=alarm", "--alarm.every=50"])
+    assert (own.method["name"], own.alarm.every, own.switch.to["name"]) == ("n_fgsm", 50, "pgd")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--alarm.every=0"], "alarm.every=0.0 is out of range"),
+        (["--alarm.every=0"], "alarm.every=0 is out of range; at least 1"),
+        (["--alarm.every=0.5"], "alarm.every"),
         (["--alarm.size=2"], "alarm.size=2 is out of range"),
         (["--alarm.threshold=1"], r"alarm.threshold=1.0 is out of range \(0, 1\)"),
         (["--alarm.start=-1"], "alarm.start=-1.0 is out of range"),
@@ -188,6 +189,6 @@ def test_an_alarm_that_cannot_be_is_refused(words: list[str], message: str, tmp_
 def test_the_rule_needs_looks() -> None:
     values = load_config("digits", ["--method=spectral"]).to_dict()
     config = resolve({**values, "alarm": {**values["alarm"], "every": None}})
-    assert config.alarm.every == 0.125
+    assert config.alarm.every == 20
     with pytest.raises(ConfigError, match=r"alarm.every is null"):
         RunConfig(switch=config.switch)

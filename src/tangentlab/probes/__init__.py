@@ -17,6 +17,7 @@ from tangentlab.probes.signals import (
     gradient_signals,
     linearity_error,
     linearity_signals,
+    one_and_two_steps,
     update_products,
     update_signals,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "gradient_signals",
     "linearity_error",
     "linearity_signals",
+    "one_and_two_steps",
     "output_change",
     "update_products",
     "update_signals",

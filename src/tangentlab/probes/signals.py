@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from tangentlab import metrics, modes, randomness
 from tangentlab.attacks import FGSM, PGD
-from tangentlab.attacks.threat import ascent, check_eps, cross_entropies, per_example, uniform_start
+from tangentlab.attacks.threat import (
+    NaNWatch,
+    ascent,
+    check_eps,
+    crafting,
+    cross_entropies,
+    per_example,
+    project,
+    uniform_start,
+)
 from tangentlab.errors import KernelError
 from tangentlab.probes.accuracy import accuracy
 
@@ -119,6 +128,21 @@ def linearity_error(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed:
     return float(error.square().mean())
 
 
+def one_and_two_steps(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """FGSM's inputs, and PGD's in two steps of eps/2 from x: four passes an example, for both begin with the
+    gradient at x."""
+    check_eps(eps)
+    watch = NaNWatch()
+    with crafting(model, x, y) as (x, y):
+        loss = partial(cross_entropies, y=y)
+        first = watch.see(ascent(model, x, loss).gradient).sign()
+        halfway = project(x + eps / 2 * first, x, eps)
+        second = watch.see(ascent(model, halfway, loss).gradient).sign()
+        one, two = project(x + eps * first, x, eps), project(halfway + eps / 2 * second, x, eps)
+    watch.refuse()
+    return one, two
+
+
 def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> dict[str, float]:
     """What training on one-step inputs x_F [n, ...] does, to first order, to the loss L_P on x_P [n, ...].
 
@@ -139,15 +163,13 @@ def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tenso
         r_one, r_several = (_derivatives(logits, y) for logits in (at_one, at_several))
         of_one, crossed = (_pulled_back(at_one, r, parameters) for r in (r_one, r_several))
         of_several = _pulled_back(at_several, r_several, parameters)
-    inner, of_both, square = (
-        _product(*pair) for pair in ((of_one, of_several), (of_one, of_one), (of_several, of_several))
-    )
-    if not of_both or not square:
+    inner, square = float(of_one @ of_several), float(of_several @ of_several)
+    if not of_one.any() or not square:
         return {}
     return {
         "update_share": inner / square,
-        "update_cosine": inner / math.sqrt(of_both * square),
-        "kernel_share": _product(crossed, of_several) / square,
+        "update_cosine": inner / (float(of_one.norm()) * math.sqrt(square)),
+        "kernel_share": float(crossed @ of_several) / square,
     }
 
 
@@ -165,7 +187,7 @@ def update_products(
             _pulled_back(logits, _derivatives(logits, y), parameters)
             for logits in (model(one_step), model(several))
         )
-    return _product(of_one, of_several), _product(of_one, of_one), _product(of_several, of_several)
+    return float(of_one @ of_several), float(of_one @ of_one), float(of_several @ of_several)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -182,12 +204,9 @@ def _derivatives(logits: Tensor, y: Tensor) -> Tensor:
     return found
 
 
-def _pulled_back(logits: Tensor, r: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
-    """J(x)ᵀ r, by parameter; the graph stays."""
-    return torch.autograd.grad(
+def _pulled_back(logits: Tensor, r: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """J(x)ᵀ r [P] in float64; the graph stays."""
+    found = torch.autograd.grad(
         logits, parameters, r, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-
-
-def _product(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    return float(sum((a.double() * b).sum() for a, b in zip(first, second, strict=True)))
+    return torch.cat([part.flatten() for part in found]).double()

@@ -172,8 +172,8 @@ class AlarmConfig:
     """The alarm of catastrophic overfitting: see tangentlab.OverfittingAlarm.
 
     Args:
-        every: epochs between looks; fractions are allowed; none for no alarm. Of the switch's rule alarm an
-            eighth.
+        every: steps between looks, for a collapse takes steps and not epochs; none for no alarm. Of the
+            switch's rule alarm 20.
         size: class-balanced training examples; each look takes a third of them.
         threshold: raised while the update share lies below it, in (0, 1). Of the rule alarm 0.75.
         start: epochs before which looks do not count.
@@ -181,15 +181,14 @@ class AlarmConfig:
             begins at zero.
     """
 
-    every: float | None = None
+    every: int | None = None
     size: int = 60
     threshold: float = THRESHOLD
     start: float = 1.0
     restore: bool = False
 
     def __post_init__(self) -> None:
-        if self.every is not None and not 0 < self.every < math.inf:
-            raise ConfigError(f"alarm.every={self.every} is out of range; above 0")
+        _at_least("alarm.every", self.every, 1)
         _at_least("alarm.size", self.size, 3)
         check_threshold(self.threshold, "alarm.threshold")
         _at_least("alarm.start", self.start, 0)
@@ -305,9 +304,7 @@ class RunConfig:
                 "that the fixed rule switches in"
             )
         if self.switch.rule == "alarm" and self.alarm.every is None:
-            raise ConfigError(
-                "switch.rule is 'alarm', but alarm.every is null; give the epochs between looks"
-            )
+            raise ConfigError("switch.rule is 'alarm', but alarm.every is null; give the steps between looks")
         if self.training.batch_size % self.processes:
             raise ConfigError(
                 f"training.batch_size={self.training.batch_size} is no multiple of processes={self.processes}"

@@ -12,7 +12,6 @@ from tangentlab.runs.build import (
     Examples,
     build_alarm,
     build_switch,
-    every_steps,
     learning_rate,
     method_schedule,
 )
@@ -92,7 +91,7 @@ def build_controller(
         return controller
     return Alarming(
         build_alarm(config, examples, steps_per_epoch),
-        every_steps(config.alarm.every, steps_per_epoch),
+        config.alarm.every,
         controller,
         other if rule == "alarm" else None,
         config.alarm.restore,

@@ -21,7 +21,7 @@ def demo_config(method: str, seed: int = 0) -> RunConfig:
     """The shipped digits configuration with one of :data:`METHODS`; all else is equal."""
     overrides = ["--method", method, "--name", method, "--seed", str(seed)]
     if method != "standard":
-        overrides += ["--method.buffer_updates", "[loss]", "--alarm.every", "0.5"]
+        overrides += ["--method.buffer_updates", "[loss]", "--alarm.every", "20"]
     return load_config("digits", overrides)
 
 

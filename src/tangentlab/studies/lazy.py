@@ -16,7 +16,8 @@ that died counts as what it is, guessing.
 Under other conditions (a lower learning rate, a narrower network, a smaller eps) the replacements are tried
 from one epoch on: when does each hold?
 
-The levels of the kernel's rule were chosen on seed 0 (benchmarks/lazy_levels.py); 0 to 2 are not judged.
+The levels of the kernel's rule were chosen on the seeds 0 to 2, which are not judged
+(benchmarks/lazy_levels.py).
 Hardware and time: a CPU.
 """
 
