@@ -129,7 +129,7 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
 def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     """A line of the run and one of each kept checkpoint."""
     examples = build_data(config)
-    run = _run(read_run(folder), config)
+    run = run_line(read_run(folder), config)
     yield run
     device = resolve_device(config.device)
     model = build_model(config, examples, device)
@@ -153,7 +153,7 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
             yield {"what": what, "eps": config.eps, "step": number, "epoch": at, **rounded}
 
 
-def _run(record: RunRecord, config: RunConfig) -> dict[str, Any]:
+def run_line(record: RunRecord, config: RunConfig) -> dict[str, Any]:
     """The run's line."""
     epochs, robust = record.series("robust_accuracy")
     times, raised = record.series("alarm/raised")
