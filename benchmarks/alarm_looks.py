@@ -1,0 +1,94 @@
+"""What the alarm of catastrophic overfitting sees, look by look: what its threshold was chosen by.
+
+    python benchmarks/alarm_looks.py results/overfitting/looks-tier1.json --tier 1 [--jobs 2]
+
+The single-step runs of the study of overfitting on the seeds that no verdict rests on, N-FGSM's among them,
+which does not collapse. The runs are written to a temporary folder; the JSON file keeps their looks, what
+became of them, and by threshold in how many of the collapses the alarm would have spoken in time and in how
+many of the quiet runs for nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tangentlab.records import environment, read_run
+from tangentlab.runs import RunConfig, check_outcomes, train_many
+from tangentlab.runs.display import ProgressDisplay
+from tangentlab.studies import overfitting
+from tangentlab.studies.overfitting_watches import TUNING_SEEDS
+
+METHODS = ("fgsm", "fgsm_rs", "n_fgsm")
+THRESHOLDS = [round(0.3 + 0.05 * k, 2) for k in range(14)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tier", type=int, default=1, choices=(0, 1))
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    # Once, before the file that it goes to is touched: the commit would look changed.
+    machine, rows = environment(), []
+    for seed in TUNING_SEEDS:
+        with tempfile.TemporaryDirectory() as folder, ProgressDisplay() as display:
+            runs = {Path(folder) / key: config for key, config in watched(options.tier, seed).items()}
+            check_outcomes(train_many(runs, jobs=options.jobs, display=display))
+            rows += [row(path, config) for path, config in runs.items()]
+        found = {"environment": machine, "thresholds": by_threshold(rows), "runs": rows}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    for line in by_threshold(rows):
+        print(json.dumps(line))
+
+
+def watched(tier: int, seed: int) -> dict[str, RunConfig]:
+    """The study's runs, whose checkpoints nobody reads."""
+    return {
+        key: replace(config, training=replace(config.training, keep_every=None))
+        for key, config in overfitting.runs(tier, [seed]).items()
+        if config.method["name"] in METHODS
+    }
+
+
+def row(path: Path, config: RunConfig) -> dict[str, Any]:
+    """The study's line of the run, and its looks."""
+    record = read_run(path)
+    looks = {name: record.series(f"alarm/{name}") for name in ("share", "pooled")}
+    return {
+        "seed": config.seed,
+        "method": config.method["name"],
+        **overfitting.run_line(record, config),
+        **{name: {"epochs": epochs, "values": values} for name, (epochs, values) in looks.items()},
+    }
+
+
+def by_threshold(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the runs that collapsed and of the quiet ones, in how many it spoke (before the collapse)."""
+    found = []
+    for threshold in THRESHOLDS:
+        line: dict[str, Any] = {"threshold": threshold, "in_time": 0, "collapsed": 0, "false": 0, "quiet": 0}
+        for run in rows:
+            if run["fate"] not in ("collapsed", "quiet"):
+                continue
+            looks = zip(run["pooled"]["epochs"], run["pooled"]["values"], strict=True)
+            spoke = next((epoch for epoch, pooled in looks if pooled < threshold), None)
+            line[run["fate"]] += 1
+            if run["fate"] == "quiet":
+                line["false"] += spoke is not None
+            else:
+                line["in_time"] += spoke is not None and spoke < run["collapse"]
+        found.append(line)
+    return found
+
+
+if __name__ == "__main__":
+    main()
