@@ -127,6 +127,26 @@ def test_a_run_that_fails_leaves_the_other_seeds(measured: list[str], tmp_path: 
     assert {line["seed"] for line in read_values(tmp_path)} == {0, 2}
 
 
+def test_a_run_that_fails_leaves_the_others_of_its_seed(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = module.load_study("evolution")
+
+    def runs(tier: int, seeds: Sequence[int]) -> Mapping[str, RunConfig]:
+        found = study.runs(tier, seeds)
+        return {**found, **{f"other-{key}": replace(config, name="other") for key, config in found.items()}}
+
+    monkeypatch.setattr(module, "load_study", lambda _: replace(study, runs=runs))
+    (tmp_path / "runs" / "tiny-0").mkdir(parents=True)  # no run that could be gone on with
+    (tmp_path / "runs" / "tiny-0" / "config.yaml").write_text("name: stranger\n")
+    with pytest.raises(TangentlabError, match="1 of 2 runs failed: tiny-0"):
+        run_study("evolution", tmp_path, tier=0, seeds=[0])
+    assert measured == ["other-tiny-0"]
+    shutil.rmtree(tmp_path / "runs" / "tiny-0")
+    run_study("evolution", tmp_path, tier=0, seeds=[0])
+    assert measured == ["other-tiny-0", "tiny-0"]
+
+
 def test_a_measurement_that_is_stopped_leaves_the_others(
     measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

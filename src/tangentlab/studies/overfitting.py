@@ -92,7 +92,7 @@ TIERS = {
         # At a rate of 0.02 collapses seldom last, at 0.1 networks die or hardly learn. At 0.05 FGSM training
         # collapses at eps 0.2 and not at 0.15; at 0.25 it never learns, and FGSM-RS does (2,000 images).
         "--training.epochs=10 --training.batch_size=64 --training.schedule=constant "
-        "--training.learning_rate=0.05 --channels_last=true",
+        "--training.learning_rate=0.05 --channels_last=true --data.validation_size=400",
         (0.15, 0.2, 0.25),
     ),
     2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), 0.25, ("pgd",), SINGLE_STEP),

@@ -100,7 +100,7 @@ def run_study(
     Raises:
         ConfigError: an unknown study, tier, run or precision, or ``out`` holds another study.
         InterruptedRunError: Ctrl-C; the same call goes on.
-        TangentlabError: runs failed; the other seeds are measured.
+        TangentlabError: runs failed; the others are measured.
     """
     study, folder = load_study(name), Path(out)
     if tier not in study.tiers:
@@ -131,11 +131,10 @@ def run_study(
         # All of the seed: a measurement may read the runs beside its own.
         trained = train_many(runs, jobs=jobs, display=display)
         outcomes += trained
-        states = {outcome.state for outcome in trained}
-        if "interrupted" in states:
+        if any(outcome.state == "interrupted" for outcome in trained):
             break
-        if "failed" in states:
-            continue
+        failed = {outcome.folder for outcome in trained if outcome.state == "failed"}
+        left = [run for run in left if run not in failed]
         measured = Parallel(n_jobs=jobs, return_as="generator")(
             delayed(_measured)(name, run, runs[run]) for run in left
         )
