@@ -32,8 +32,8 @@ KEPT = (
     "clean_accuracy",
     "apgd_accuracy",
     "apgd_n",
+    "fate",
     "collapse",
-    "lasting_collapse",
     "cost",
     "best_validation_accuracy",
 )

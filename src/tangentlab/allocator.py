@@ -6,7 +6,7 @@ import ctypes
 
 # Of malloc.h, mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGE = 64 * 2**20  # bytes; larger blocks go back to the system as before
+LARGE = 64 * 2**20  # bytes; larger blocks go back to the system as before. Older versions allow half of it
 KEPT = 2**31 - 1  # bytes at most that are free and not given back
 
 
@@ -20,4 +20,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGE) and mallopt(M_TRIM_THRESHOLD, KEPT))
+    blocks = mallopt(M_MMAP_THRESHOLD, LARGE) or mallopt(M_MMAP_THRESHOLD, LARGE // 2)
+    return bool(blocks and mallopt(M_TRIM_THRESHOLD, KEPT))

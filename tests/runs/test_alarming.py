@@ -148,7 +148,7 @@ def test_training_goes_back_to_the_weights_before_each_alarm(
 def test_spectral_is_one_step_and_two_while_the_alarm_is_raised(tmp_path: Path) -> None:
     config = load_config("digits", ["--method=spectral", "--eps=0.2"])
     assert config.method["name"] == "fgsm_rs"
-    assert (config.switch.rule, config.alarm.every, config.alarm.threshold) == ("alarm", 20, 0.75)
+    assert (config.switch.rule, config.alarm.every, config.alarm.threshold) == ("alarm", 25, 0.75)
     assert load_config("digits", []).alarm.threshold < 0.75
     to = dict(config.switch.to)
     assert (to["name"], to["num_steps"], to["eps"], to["step_size"]) == ("pgd", 2, 0.2, 0.125)
@@ -160,7 +160,7 @@ def test_spectral_is_one_step_and_two_while_the_alarm_is_raised(tmp_path: Path) 
     assert (off.switch.rule, off.switch.to) == ("none", {})
     (tmp_path / "config.yaml").write_text(dump(load_config("digits", [])))
     on = load_config(tmp_path, ["--method=spectral"])
-    assert (on.method["name"], on.switch.rule, on.alarm.every) == ("fgsm_rs", "alarm", 20)
+    assert (on.method["name"], on.switch.rule, on.alarm.every) == ("fgsm_rs", "alarm", 25)
     own = load_config("digits", ["--method=n_fgsm", "--switch.rule=alarm", "--alarm.every=50"])
     assert (own.method["name"], own.alarm.every, own.switch.to["name"]) == ("n_fgsm", 50, "pgd")
 
@@ -189,6 +189,6 @@ def test_an_alarm_that_cannot_be_is_refused(words: list[str], message: str, tmp_
 def test_the_rule_needs_looks() -> None:
     values = load_config("digits", ["--method=spectral"]).to_dict()
     config = resolve({**values, "alarm": {**values["alarm"], "every": None}})
-    assert config.alarm.every == 20
+    assert config.alarm.every == 25
     with pytest.raises(ConfigError, match=r"alarm.every is null"):
         RunConfig(switch=config.switch)

@@ -68,7 +68,7 @@ def test_a_run_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert line["arm"] == arm
         assert line["apgd_n"] == 20
         assert 0 <= line["apgd_accuracy"] <= line["clean_accuracy"] <= 1
-        assert (line["collapse"], line["lasting_collapse"]) == (None, None)
+        assert line["collapse"] is None
         assert len(line["epochs"]) == len(line["robust_accuracy"]) == len(line["fgsm_accuracy"])
     assert found["spectral"]["autoattack_n"] == 5
     assert 0 < found["spectral"]["raised"] < 1
@@ -90,8 +90,21 @@ PLANTED = {
     "fgsm_pgi": (46.0, 70.0, False),
     "pgd-2": (47.0, 70.0, False),
     "n_fgsm-long": (45.0, 70.0, False),
+    "atta": (46.5, 50.0, False),
     "spectral": (48.0, 54.0, False),
 }
+
+
+def along(collapses: bool, *, lasting: bool = True) -> Line:
+    """Accuracies on the way, of a run that learned."""
+    robust = [0.0, 0.4, 0.5]
+    if collapses:
+        robust += [0.1] * 4 if lasting else [0.1, 0.5]
+    return {
+        "epochs": [float(epoch) for epoch in range(len(robust))],
+        "robust_accuracy": robust,
+        "fgsm_accuracy": [0.0, *[0.6] * (len(robust) - 1)],
+    }
 
 
 def planted(seeds: range, **changed: tuple[float, float, bool]) -> list[Line]:
@@ -109,8 +122,7 @@ def planted(seeds: range, **changed: tuple[float, float, bool]) -> list[Line]:
                     "apgd_accuracy": robust / 100 + 0.001 * (seed % 3) - 0.2 * (eps == 0.3),
                     "autoattack_accuracy": robust / 100 + 0.001 * (seed % 3) - 0.05,
                     "best_validation_accuracy": 0.5,
-                    "collapse": 5.0 if collapses else None,
-                    "lasting_collapse": 5.0 if collapses else None,
+                    **along(collapses),
                     "cost": cost,
                     "steering_cost": 8.0 if arm == "spectral" else 0.0,
                     "train_seconds": 200.0,
@@ -162,11 +174,13 @@ def test_a_cure_that_fails_is_refuted() -> None:
 
 
 def test_a_network_that_never_learned_is_not_cured_nor_one_that_dipped() -> None:
-    for changed in ({"best_validation_accuracy": 0.1}, {"collapse": 3.0}):
+    unlearned = {**along(False), "robust_accuracy": [0.0, 0.1, 0.1]}
+    without_fgsm = {**along(True, lasting=False), "fgsm_accuracy": [0.0, 0.6, 0.6, 0.1, 0.6]}
+    for changed in (unlearned, along(True, lasting=False), without_fgsm):
         lines = [line | changed if line["arm"] == "spectral" else line for line in planted(range(12))]
         assert verdicts(lines)["cured"].effect == 0
     dips = [
-        line | {"lasting_collapse": None} if line["arm"] == "fgsm" else line for line in planted(range(12))
+        line | along(True, lasting=False) if line["arm"] == "fgsm" else line for line in planted(range(12))
     ]
     found = verdicts(dips)
     assert found["collapses"].verdict == "refuted"
@@ -179,6 +193,8 @@ def test_what_was_not_run_is_not_judged() -> None:
     assert found["cured"].verdict == "supported"
     assert found["n-fgsm"].values == {}
     assert found["best"].values  # against FGSM alone
+    more = [line for line in planted(range(12)) if line["seed"] < 6 or line in few]
+    assert verdicts(more)["best"].values == pytest.approx(dict.fromkeys(range(2, 6), 1.0))
     one = verdicts([line for line in few if line["seed"] == 3])
     assert one["best"].values == {}
 

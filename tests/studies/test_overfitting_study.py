@@ -28,7 +28,7 @@ def test_runs_collapse_or_are_controls(tier: int) -> None:
     for key, config in runs.items():
         assert key == f"{config.name}-{config.seed}"
         assert config.training.keep_every == config.evaluation.every == chosen.every
-        assert config.alarm.every == 20
+        assert config.alarm.every == 25
         assert config.switch.rule == "none"
         assert config.method["eps"] == config.eps
 
@@ -41,6 +41,7 @@ def test_a_run_is_read_checkpoint_by_checkpoint(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(module, "EXAMPLES", 60)
     monkeypatch.setattr(overfitting_signals, "BUDGET", 60)
     monkeypatch.setattr(overfitting, "AGAIN", 2)
+    monkeypatch.setattr(overfitting, "JUDGED", overfitting.FATES)
     config = STUDY.runs(0, [1])["fgsm-0.2-1"]
     record = train(config, tmp_path / "run")
     run, *lines = STUDY.measure(tmp_path / "run", config)
@@ -67,7 +68,7 @@ def test_a_run_is_read_checkpoint_by_checkpoint(monkeypatch: pytest.MonkeyPatch,
 
 def planted(collapse: float | None, seed: int, number: int, **changed: Any) -> list[Line]:
     """40 looks, one an epoch; fgsm~pgd parts five epochs before the collapse, the cosine falls two after."""
-    name = f"{'fgsm' if collapse else 'pgd'}-{number}-{seed}"
+    name = f"{'fgsm' if collapse else 'fgsm_rs' if number % 2 else 'pgd'}-{number}-{seed}"
     down = [collapse is not None and epoch >= collapse for epoch in range(40)]
     run = {
         "what": "run",
@@ -80,6 +81,7 @@ def planted(collapse: float | None, seed: int, number: int, **changed: Any) -> l
         "robust_accuracy": [0.0 if now else 0.5 for now in down],
         "fgsm_accuracy": [0.9] * 40,
         "raised_at": None if collapse is None else collapse - 3,
+        "warned_at": None if collapse is None else collapse - 3,
         "train_seconds": 100.0,
         "probe_seconds": 2.0,
     }
@@ -166,7 +168,8 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
 
 def test_the_shipped_alarm_is_judged_by_when_it_spoke_itself(values: list[Line]) -> None:
     late = [
-        {**line, "raised_at": 39.0} if line["what"] == "run" and line["seed"] % 2 else line for line in values
+        {**line, "raised_at": 1.0, "warned_at": 39.0} if line["what"] == "run" and line["seed"] % 2 else line
+        for line in values
     ]
     found = {v.claim: v for v in STUDY.judge(late, "here")}
     assert found[overfitting.DEPLOYED].effect == 0.5
@@ -219,7 +222,7 @@ def test_fates() -> None:
         return fate({"epochs": epochs, "robust_accuracy": robust, "fgsm_accuracy": [fgsm] * len(robust)})
 
     assert of(0.1, 0.4, 0.1, 0.1, 0.1) == ("collapsed", pytest.approx(1 + 2 / 3))
-    assert of(0.1, 0.4, 0.1, 0.4, 0.4, 0.1, 0.1, 0.1) == ("collapsed", pytest.approx(1 + 2 / 3))  # the first
+    assert of(0.1, 0.4, 0.1, 0.4, 0.4, 0.1, 0.1, 0.1) == ("collapsed", pytest.approx(4 + 2 / 3))
     assert of(0.1, 0.4, 0.1, 0.4, 0.4) == ("neither", None)
     assert of(0.1, 0.4, 0.1, 0.1, 0.1, fgsm=0.2) == ("neither", None)  # no gap to FGSM
     assert of(0.1, 0.4, 0.3, 0.21, 0.4) == ("quiet", None)

@@ -173,7 +173,7 @@ class AlarmConfig:
 
     Args:
         every: steps between looks, for a collapse takes steps and not epochs; none for no alarm. Of the
-            switch's rule alarm 20.
+            switch's rule alarm 25.
         size: class-balanced training examples; each look takes a third of them.
         threshold: raised while the update share lies below it, in (0, 1). Of the rule alarm 0.75.
         start: epochs before which looks do not count.
@@ -182,7 +182,7 @@ class AlarmConfig:
     """
 
     every: int | None = None
-    size: int = 60
+    size: int = 45
     threshold: float = THRESHOLD
     start: float = 1.0
     restore: bool = False

@@ -83,7 +83,7 @@ class Tier:
 
 _COMMON = (
     "--probe.size=0 --threads=1 --evaluation.num_steps=10 --evaluation.test_num_steps=10 "
-    "--evaluation.test_size=200 --alarm.every=20"
+    "--evaluation.test_size=200 --alarm.every=25"
 )
 TIERS = {
     0: Tier("digits", "", (0.2, 0.28, 0.34), every=0.5),
@@ -95,7 +95,7 @@ TIERS = {
         "--training.learning_rate=0.05 --channels_last=true --data.validation_size=400",
         (0.15, 0.2, 0.25),
     ),
-    2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), 0.25, ("pgd",), SINGLE_STEP),
+    2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), 0.25, ("pgd", "n_fgsm"), SINGLE_STEP),
 }
 AGAIN = 4  # looks between those on other examples
 AFTERWARDS = 3  # epochs that are looked at after a collapse
@@ -103,7 +103,8 @@ AFTERWARDS = 3  # epochs that are looked at after a collapse
 WHEN = {"over 8 before": 8, "4 to 8": 4, "2 to 4": 2, "1 to 2": 1, "the last": 0}
 AFTER = "after"
 
-FATES = ("collapsed", "quiet", "neither", "unlearned")
+JUDGED = ("collapsed", "quiet")
+FATES = (*JUDGED, "neither", "unlearned")
 
 # --- runs ------------------------------------------------------------------------------------------------
 
@@ -127,14 +128,16 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
 
 
 def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
-    """A line of the run and one of each kept checkpoint."""
+    """A line of the run and, where it collapsed or stayed quiet, one of each kept checkpoint."""
     examples = build_data(config)
     run = run_line(read_run(folder), config)
     yield run
+    if run["fate"] not in JUDGED:
+        return
     device = resolve_device(config.device)
     model = build_model(config, examples, device)
     size = max(PROBED, EXAMPLES)
-    # Disjoint; the first PROBED of either have equally many of each class.
+    # Disjoint.
     sets = data.class_balanced(examples.train.labels, 2 * size, seed=config.seed).split(size)
     first, second = ((examples.train.x(i, device), examples.train.labels[i].to(device)) for i in sets)
     pooled = PooledSignals(*first, config)
@@ -157,6 +160,9 @@ def run_line(record: RunRecord, config: RunConfig) -> dict[str, Any]:
     """The run's line."""
     epochs, robust = record.series("robust_accuracy")
     times, raised = record.series("alarm/raised")
+    could = record.series("alarm/pooled")[0]
+    alarms = [at for at, answer in zip(times, raised, strict=True) if answer]
+    quiet = [at for at in could if at not in alarms]
     last = record.metrics[-1]
     run = {
         "what": "run",
@@ -165,7 +171,8 @@ def run_line(record: RunRecord, config: RunConfig) -> dict[str, Any]:
         "robust_accuracy": robust,
         **{f"{name}_accuracy": record.series(f"{name}_accuracy")[1] for name in ("fgsm", "clean")},
         "steps_per_epoch": last["step"] / last["epoch"],
-        "raised_at": next((at for at, answer in zip(times, raised, strict=True) if answer), None),
+        "raised_at": min(alarms, default=None),
+        "warned_at": next((at for at in alarms if quiet and at > quiet[0]), None),
         "looks": len(times),
         **{f"{name}_seconds": record.status[f"{name}_seconds"] for name in ("train", "probe")},
     }
@@ -317,7 +324,7 @@ KERNEL_FIRST = Claim(
 )
 TIME = Claim(
     "overfitting/time",
-    "At a look every 20 steps the shipped alarm takes less than 3 % of the training time.",
+    "At a look every 25 steps the shipped alarm takes less than 3 % of the training time.",
     "seconds of its looks over those of training; of a seed's FGSM runs",
     0.03,
     above=False,
@@ -361,7 +368,7 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
         clean = next((one for one in order if one.watch.signal.startswith("clean/")), None)
         if clean is not None:
             outcomes[SPECTRUM_ALONE][seed] = [run.lead(clean) > 0 for run in collapsing]
-        outcomes[DEPLOYED][seed] = [run.steps_until_collapse(run.raised_at) > 0 for run in collapsing]
+        outcomes[DEPLOYED][seed] = [run.steps_until_collapse(run.warned_at) > 0 for run in collapsing]
         outcomes[DEPLOYED_QUIET][seed] = [run.raised_at is not None for run in quiet]
         firsts = [run.kernel_first() for run in collapsing]
         outcomes[KERNEL_FIRST][seed] = [first for first in firsts if first is not None]
@@ -375,7 +382,8 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
 
 
 def _best(order: Sequence[Chosen], family: str, *, cheap: bool) -> Chosen | None:
-    return next((one for one in order if (one.watch.family, one.watch.cheap) == (family, cheap)), None)
+    found = (one for one in order if one.watch.family == family)
+    return next((one for one in found if one.watch.cheap or not cheap), None)
 
 
 def _alarm_time(values: Sequence[Values]) -> dict[int, float]:

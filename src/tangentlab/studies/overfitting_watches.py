@@ -1,7 +1,7 @@
 """What a signal is worth as an alarm: watches, their thresholds from quiet runs, their leads on the others.
 
-A run has collapsed where its robust accuracy fell by tangentlab.metrics.catastrophic_overfitting and, then or
-later, stayed down; that is dated to the first fall. It is quiet where it never lost half of its best; what
+A run has collapsed where its robust accuracy fell by tangentlab.metrics.catastrophic_overfitting and stayed
+down; what it recovered from before is none. It is quiet where it never lost half of its best; what
 lies between is neither, and is left out. So is what never learned.
 
 A signal is watched as it is ("level"), as the median of its last three looks ("median") or against that of
@@ -10,7 +10,7 @@ run that lies above from the start is not warned of, a quiet one that does is a 
 one for every eps, is the least that at most 5 % of the quiet runs exceed, and at most 5 % of the single-step
 ones among them, or it would tell methods apart and not fates. Which watch is best is decided on the
 collapsing runs; a signal whose rise before a collapse is seldom twice its noise between sets of examples is
-none.
+none (pooled ones, of three sets each, are not taken again).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from tangentlab import metrics
 from tangentlab.studies.overfitting_signals import CHEAP_RIVALS, COSTS, RIVALS, SIGNALS
 from tangentlab.studies.study import Values
 
-SINGLE_STEP = ("fgsm", "fgsm_rs")
+SINGLE_STEP = ("fgsm", "fgsm_rs")  # that may collapse
+ONE_STEP = (*SINGLE_STEP, "n_fgsm")
 TUNING_SEEDS = (0, 1)  # eps, rates and the shipped threshold were chosen on
 WATCHED_FROM = 1.0  # epochs
 SMOOTHED = 3  # looks whose median is watched
@@ -41,6 +42,9 @@ SIGNED = (
     "update_cosine",
     "update_share",
     "kernel_share",
+    "pooled_share",
+    "pooled_fgsm_pgd2_gap",
+    "pooled_gradient_cosine",
 )  # may be zero or less: their change is a difference, not a ratio
 
 
@@ -74,7 +78,8 @@ WATCHES = [
 class Seen:
     """A run: what was seen of it, and when it collapsed, in epochs.
 
-    ``raised_at`` is the epoch at which the run's own alarm first spoke.
+    ``raised_at`` is the epoch at which the run's own alarm was first raised, ``warned_at`` that at which it
+    was after a look that could have raised it and did not.
     """
 
     seed: int
@@ -85,6 +90,7 @@ class Seen:
     signals: Sequence[Values]
     again: Sequence[Values] = ()
     raised_at: float | None = None
+    warned_at: float | None = None
     _scores: dict[Watch, tuple[list[float], list[float]]] = field(default_factory=dict)
 
     def scores(self, watch: Watch) -> tuple[list[float], list[float]]:
@@ -170,12 +176,9 @@ def fate(run: Values) -> tuple[str, float | None]:
     epochs, robust = run["epochs"], run["robust_accuracy"]
     if max(robust[1:]) < LEARNED:
         return "unlearned", None
-    first, lasting = (
-        metrics.catastrophic_overfitting(epochs, run["fgsm_accuracy"], robust, lasting=only)
-        for only in (False, True)
-    )
-    if first is not None and lasting is not None:
-        return "collapsed", first.epoch
+    lasting = metrics.catastrophic_overfitting(epochs, run["fgsm_accuracy"], robust, lasting=True)
+    if lasting is not None:
+        return "collapsed", lasting.epoch
     halved = any(
         best >= LEARNED and now <= metrics.COLLAPSE_SHARE * best
         for best, now in zip(accumulate(robust, max), robust, strict=True)
@@ -206,6 +209,7 @@ def seen_runs(values: Iterable[Values]) -> list[Seen]:
                 signals,
                 [line for line in lines if line["what"] == "again"],
                 run.get("raised_at"),
+                run.get("warned_at"),
             )
         )
     return found
@@ -224,18 +228,18 @@ class Chosen:
 
 def choose(runs: Sequence[Seen]) -> list[Chosen]:
     """Every watch whose signal rises above its noise with its threshold, the best first; empty where no run
-    is quiet or none collapses."""
+    of one step is quiet or none collapses."""
     collapsing = [run for run in runs if run.collapse is not None]
     quiet = [run for run in runs if run.collapse is None]
-    single_step = [run for run in quiet if run.method in SINGLE_STEP]
+    one_step = [run for run in quiet if run.method in ONE_STEP]
     found = []
     for watch in WATCHES:
         groups = [
-            [scores for run in group if (scores := run.scores(watch)[1])] for group in (quiet, single_step)
+            [scores for run in group if (scores := run.scores(watch)[1])] for group in (quiet, one_step)
         ]
-        limits = [metrics.alarm_threshold(group, false_alarms=FALSE_ALARMS) for group in groups if group]
-        if not limits or not collapsing:
+        if not all(groups) or not collapsing:
             continue
+        limits = [metrics.alarm_threshold(group, false_alarms=FALSE_ALARMS) for group in groups]
         if watch_noise(replace(watch, form="level"), runs).get("above_noise", 1.0) < 0.5:
             continue
         set_by = Chosen(watch, max(limits))
