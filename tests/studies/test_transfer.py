@@ -42,7 +42,7 @@ def test_runs_keep_the_moments(tier: int) -> None:
 def finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, RunConfig]:
     words = " ".join(word for word in TINY if not word.startswith(("--method", "--probe")))
     monkeypatch.setitem(TIERS, 0, ("digits", f"{words} --training.keep_every=1", ("standard", "pgd")))
-    small = {"STEPS": 4, "LONG": 8, "BATCH": 20, "POINTS": 30, "QUERIES": 5, "FITTED": 20, "PROBED": 20}
+    small = {"STEPS": 4, "BATCH": 20, "POINTS": 30, "QUERIES": 5, "FITTED": 20, "PROBED": 20}
     for name, value in small.items():
         monkeypatch.setattr(transfer, name, value)
     runs = dict(STUDY.runs(0, [1]))
@@ -55,8 +55,14 @@ def test_a_run_is_read_at_its_moments(finished: dict[str, RunConfig], tmp_path: 
     lines = list(STUDY.measure(tmp_path / "pgd-1", finished["pgd-1"]))
     assert Counter(line["what"] for line in lines) == {"run": 1, "kernel": 4, "frozen": 22, "regression": 4}
     assert [line["epoch"] for line in lines if line["what"] == "kernel"] == [0.0, 0.0, 1.0, 3.0]
-    long = {(line["moment"], line["offset"], line["examples"]) for line in lines if line.get("steps") == 8}
-    assert long == {(m, "kept", e) for m in ("early", "middle") for e in ("clean", "pgd")}
+    long = {
+        (line["moment"], line["offset"], line["examples"], line["steps"])
+        for line in lines
+        if line.get("steps", 4) != 4
+    }
+    # Of three epochs of 120 examples, in batches of 20, what is left: they were kept at epochs 0 and 1.
+    left = {"early": 18, "middle": 12}
+    assert long == {(m, "kept", e, n) for m, n in left.items() for e in ("clean", "one-step")}
     kernel = lines[1]
     assert kernel["to_standard"] == pytest.approx(0, abs=1e-6)  # both before training
     last = [line for line in lines if line["what"] == "kernel"][-1]
@@ -137,8 +143,8 @@ def planted(seed: int) -> list[Line]:
                     steps=steps,
                     robust_accuracy=robust - lost + more,
                 )
-                for offset, steps in product(transfer.OFFSETS, (transfer.STEPS, transfer.LONG))
-                for examples, more in {"clean": -0.02, "one-step": 0.0, "pgd": 0.001 * seed}.items()
+                for offset, steps in product(transfer.OFFSETS, (transfer.STEPS, 1172))
+                for examples, more in {"clean": -0.02, "one-step": 0.001 * seed, "pgd": -0.3}.items()
             ]
         lines += [
             line("regression", method, moment, robust_accuracy=robust, network_clean_accuracy=0.8,
