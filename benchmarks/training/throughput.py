@@ -205,11 +205,9 @@ def passes(spec: dict[str, Any], model: nn.Module, batches: Any) -> dict[str, fl
 
 def ours(spec: dict[str, Any], model: nn.Module, optimizer: Any, batches: Any) -> Step:
     """The training loop of the package, with the settings of its configurations."""
-    from tangentlab.allocator import keep_freed_memory
     from tangentlab.training import Batch as TrainingBatch
     from tangentlab.training import FGSMRSTraining, PGDTraining, Step, TrainingState, train
 
-    keep_freed_memory()
     if spec["engine"] == "ours":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     method = PGDTraining(EPS, STEP_SIZE, 10) if spec["method"] == "pgd" else FGSMRSTraining(EPS)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from tangentlab import metrics, modes, randomness
-from tangentlab.allocator import keep_freed_memory
 from tangentlab.attacks import APGD, FGSM, Attack, AutoAttack, Evaluation
 from tangentlab.attacks.threat import check_count
 from tangentlab.attacks.verdicts import CLEAN, VerdictFile, Verdicts, evaluation_marks, weights_digest
@@ -99,7 +98,6 @@ def evaluate(
         ConfigError: an unknown name, or a setting that none of the attacks has.
         RunFolderError, CheckpointError, DataError: there is nothing to evaluate, or not with what.
     """
-    keep_freed_memory()
     names = list(dict.fromkeys(attacks))
     wanted = None if checkpoints is None else list(dict.fromkeys(checkpoints))
     _check_names("attack", names, ATTACKS)

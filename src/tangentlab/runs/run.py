@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tangentlab.allocator import keep_freed_memory
 from tangentlab.errors import (
     CheckpointError,
     ConfigError,
@@ -101,7 +100,6 @@ def train(
         raise ConfigError(f"config is a {type(config).__name__}; load_config or resolve makes a RunConfig")
     config = resolve(config.to_dict(), allow_import=allow_import)
     folder = Path(out) if out is not None else Path("runs") / config.name
-    keep_freed_memory()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.threads or torch.get_num_threads())

@@ -19,7 +19,6 @@ import torch
 import yaml
 from joblib import Parallel, delayed
 
-from tangentlab.allocator import keep_freed_memory
 from tangentlab.errors import ConfigError, RunFolderError, unknown_choice
 from tangentlab.files import finite, json_bytes, write_atomic
 from tangentlab.records import SCHEMA, environment, read_values
@@ -184,7 +183,6 @@ def judge_study(folder: str | Path) -> dict[str, Any]:
 def _measured(name: str, run: Path, config: RunConfig) -> list[dict[str, Any]]:
     """The run's lines, measured with the threads that it was trained with."""
     place = {"run": run.name, "method": config.method["name"], "seed": config.seed}
-    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads or before)
     try:
