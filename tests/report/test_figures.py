@@ -13,7 +13,7 @@ from planted import Report
 from tangentlab.metrics import kernel_distance
 from tangentlab.records import Measurement, Run, read_run
 from tangentlab.report import figures, write_report
-from tangentlab.report.figure import Figure, LinePanel, MatrixPanel, Span
+from tangentlab.report.figure import Axis, Figure, Line, LinePanel, MatrixPanel, Span, View, y_limits
 from tangentlab.report.subject import Subject, subjects
 from tangentlab.report.table import what
 
@@ -271,3 +271,14 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
     (long,) = label(("a", "x" * 99 + "\n\x00", 0))
     assert long.isprintable()
     assert len(long) == 40
+
+
+def test_accuracies_have_all_of_their_range_but_as_points() -> None:
+    def limits(*labels: str) -> tuple[float, float]:
+        line = Line("some", [1.0, 2.0], [0.7, 0.75], 0, labels=labels)
+        panel = LinePanel("", Axis("cost"), Axis("accuracy", percent=True), (line,))
+        return y_limits(Figure("key", "", "", views=(View("", (panel,)),)), panel)
+
+    assert limits() == (-0.02, 1.02)
+    low, high = limits("one", "another")
+    assert 0.69 < low < 0.7 < 0.75 < high < 0.76

@@ -237,11 +237,13 @@ def x_limits(figure: Figure, panel: LinePanel) -> tuple[float, float]:
 
 
 def y_limits(figure: Figure, panel: LinePanel) -> tuple[float, float]:
-    """Range of all panels with the same y axis, with a little air; accuracies have all of [0, 1]."""
+    """Range of all panels with the same y axis, with a little air; accuracies have all of [0, 1], unless they
+    are points, whose differences count."""
     panels = [p for p in figure.panels if isinstance(p, LinePanel) and p.y_axis == panel.y_axis]
     lines = [line for p in panels for line in p.lines]
     values = [y for line in lines for y in line.y]
-    if panel.y_axis.percent and min(values) >= 0 and max(values) <= 1:
+    curves = not any(line.labels for line in lines)
+    if curves and panel.y_axis.percent and min(values) >= 0 and max(values) <= 1:
         return -0.02, 1.02
     return _limits(values, [y for line in lines for y in (*line.low, *line.high)], log=panel.y_axis.log)
 

@@ -88,7 +88,9 @@ TIERS = {
 UNWATCHED = "--probe.size=0"
 WATCHED = "--probe.size=20 --probe.every=0.5"
 
-SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)  # of the training, at which the fixed rule switches
+# A switch at a fixed epoch: to what, and at which shares of the training.
+SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)
+FIXED = {"stored": SHARES, "clean": (0.2, 0.5, 0.8), "one-step": (0.2, 0.5), "fewer": (0.2, 0.35)}
 STORED = [f"stored-at-{share:g}" for share in SHARES]
 HALF = 0.5  # of PGD training's cost
 HALF_SHARE = 0.1  # of a longer training that costs half, at which PGD gives way to stored perturbations
@@ -149,12 +151,7 @@ def arms(tier: Tier) -> dict[str, str]:
         return f"{PGD} {fixed} --switch.epoch={share * epochs:g} {to[name]}"
 
     found = {"pgd": f"{PGD} {WATCHED}", "trades": f"--method=trades {WATCHED}"}
-    for name, shares in {
-        "stored": SHARES,
-        "clean": (0.2, 0.5, 0.8),
-        "one-step": (0.2, 0.5),
-        "fewer": (0.2, 0.35),
-    }.items():
+    for name, shares in FIXED.items():
         found |= {f"{name}-at-{share:g}": replaced(name, share) for share in shares}
     found["stored-throughout"] = STORED_THROUGHOUT
     found["trades-fewer-at-0.35"] = (
@@ -292,21 +289,28 @@ def _switched(record: RunRecord) -> dict[str, float]:
     return {names[phase]: epoch for phase, epoch in first.items()}
 
 
+def _fixed_kind(to: str) -> str:
+    return f"{to} from a fixed epoch"
+
+
+REFERENCE, KERNEL_DECIDES, AVERAGED_KIND = "reference", "the kernel decides", "with EMA"
+RIVAL, OTHERWISE = "rival", "under other conditions"
+KINDS = (REFERENCE, *map(_fixed_kind, (*FIXED, "trades-fewer")), RIVAL, KERNEL_DECIDES, AVERAGED_KIND)
+
+
 def kind(arm: str) -> str:
-    """What a figure colours an arm by."""
+    """What a figure colours an arm by: of KINDS, or that it was trained under other conditions."""
     if "+" in arm:
-        return "under other conditions"
+        return OTHERWISE
     if arm in ("pgd", "trades"):
-        return "reference"
+        return REFERENCE
     if arm.endswith("-ema"):
-        return "with EMA"
+        return AVERAGED_KIND
     if arm.startswith("kernel"):
-        return "the kernel decides"
-    if arm == "stored-half":
-        return "stored from a fixed epoch"
+        return KERNEL_DECIDES
     if "-at-" in arm:
-        return f"{arm.partition('-at-')[0]} from a fixed epoch"
-    return "rival"
+        return _fixed_kind(arm.partition("-at-")[0])
+    return RIVAL
 
 
 # --- claims ----------------------------------------------------------------------------------------------
@@ -511,13 +515,14 @@ FIGURES = (
     ValueFigure(
         key="frontier",
         title="Robust accuracy against cost",
-        caption="Last checkpoints. Cost is in forward equivalents a training example.",
+        caption="Last checkpoints. Cost is in forward equivalents a training example. Going on with clean "
+        "examples is in the next figures.",
         y=(_ROBUST, _CLEAN),
         x=Quantity("cost", "cost (forward equivalents an example)"),
         point="arm",
         colour="kind",
         panels="y",
-        where=_LAST,
+        where={**_LAST, "kind": tuple(kind for kind in KINDS if kind != _fixed_kind("clean"))},
     ),
     ValueFigure(
         key="switching",
@@ -527,7 +532,10 @@ FIGURES = (
         y=(_ROBUST, _CLEAN),
         colour="kind",
         panels="y",
-        where={**_LAST, "kind": tuple(f"{to} from a fixed epoch" for to in TO)},
+        where={
+            **_LAST,
+            "arm": tuple(f"{to}-at-{share:g}" for to, shares in FIXED.items() for share in shares),
+        },
     ),
     ValueFigure(
         key="arms",
@@ -537,7 +545,7 @@ FIGURES = (
         x="arm",
         colour="kind",
         panels="y",
-        where=_LAST,
+        where={**_LAST, "kind": KINDS},
     ),
     ValueFigure(
         key="finalists",
