@@ -1,4 +1,4 @@
-"""What the alarm of catastrophic overfitting sees, look by look: what its threshold was chosen by.
+"""What the alarm of catastrophic overfitting sees, look by look: to choose its threshold by.
 
     python benchmarks/alarm_looks.py results/overfitting/looks-tier1.json --tier 1 [--jobs 2]
 
@@ -22,9 +22,8 @@ from tangentlab.records import environment, read_run
 from tangentlab.runs import RunConfig, check_outcomes, train_many
 from tangentlab.runs.display import ProgressDisplay
 from tangentlab.studies import overfitting
-from tangentlab.studies.overfitting_watches import TUNING_SEEDS
+from tangentlab.studies.overfitting_watches import ONE_STEP, TUNING_SEEDS
 
-METHODS = ("fgsm", "fgsm_rs", "n_fgsm")
 THRESHOLDS = [round(0.3 + 0.05 * k, 2) for k in range(14)]
 
 
@@ -55,7 +54,7 @@ def watched(tier: int, seed: int) -> dict[str, RunConfig]:
     return {
         key: replace(config, training=replace(config.training, keep_every=None))
         for key, config in overfitting.runs(tier, [seed]).items()
-        if config.method["name"] in METHODS
+        if config.method["name"] in ONE_STEP
     }
 
 
@@ -77,7 +76,7 @@ def by_threshold(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for threshold in THRESHOLDS:
         line: dict[str, Any] = {"threshold": threshold, "in_time": 0, "collapsed": 0, "false": 0, "quiet": 0}
         for run in rows:
-            if run["fate"] not in ("collapsed", "quiet"):
+            if run["fate"] not in overfitting.JUDGED:
                 continue
             looks = zip(run["pooled"]["epochs"], run["pooled"]["values"], strict=True)
             spoke = next((epoch for epoch, pooled in looks if pooled < threshold), None)

@@ -103,7 +103,7 @@ def arms(tier: Tier, eps: float) -> dict[str, str]:
         "fgsm_pgi": f"{single['fgsm_pgi']} --method.consistency=1",
         "grad_align": f"{single['grad_align']} --method.alignment={tier.alignment[tier.eps.index(eps)]}",
         "atta": f"{single['atta']} --method.reset_epochs=null",
-        "fgsm": "--method=fgsm --alarm.every=25",  # that only watches
+        "fgsm": f"--method=fgsm --alarm.every={overfitting.LOOK_EVERY}",  # that only watches
         **{f"{method}-long": f"--method={method} {longer}" for method in ("fgsm_rs", "n_fgsm", "zero_grad")},
         "pgd-2": two_steps,
         SPECTRAL: "--method=spectral",
@@ -244,7 +244,7 @@ BEST = Claim(
 )
 STEERING = Claim(
     "cure/steering",
-    "Its looks, one every 25 steps, take less than 3 % of the training time.",
+    f"Its looks, one every {overfitting.LOOK_EVERY} steps, take less than 3 % of the training time.",
     "seconds of the looks over those of training; lower eps",
     0.03,
     above=False,

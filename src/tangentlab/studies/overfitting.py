@@ -33,6 +33,7 @@ from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import kept_checkpoints
+from tangentlab.runs.parsing import STEERING_ALARM
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, judge_share
 from tangentlab.studies.overfitting_signals import (
     BUDGET,
@@ -81,9 +82,10 @@ class Tier:
     collapsing: tuple[str, ...] = SINGLE_STEP
 
 
+LOOK_EVERY = STEERING_ALARM["every"]  # steps: an alarm that only watches looks as one that steers
 _COMMON = (
     "--probe.size=0 --threads=1 --evaluation.num_steps=10 --evaluation.test_num_steps=10 "
-    "--evaluation.test_size=200 --alarm.every=25"
+    f"--evaluation.test_size=200 --alarm.every={LOOK_EVERY}"
 )
 TIERS = {
     0: Tier("digits", "", (0.2, 0.28, 0.34), every=0.5),
@@ -324,7 +326,7 @@ KERNEL_FIRST = Claim(
 )
 TIME = Claim(
     "overfitting/time",
-    "At a look every 25 steps the shipped alarm takes less than 3 % of the training time.",
+    f"At a look every {LOOK_EVERY} steps the shipped alarm takes less than 3 % of the training time.",
     "seconds of its looks over those of training; of a seed's FGSM runs",
     0.03,
     above=False,
