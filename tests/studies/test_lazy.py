@@ -11,9 +11,10 @@ import pytest
 from tangentlab.report.values import value_figure
 from tangentlab.runs import RunConfig, train
 from tangentlab.runs.parsing import build_method, build_other_method
-from tangentlab.studies import lazy
+from tangentlab.studies import lazy, lazy_arms
 from tangentlab.studies.claims import Verdict
-from tangentlab.studies.lazy import STUDY, TIERS, Tier
+from tangentlab.studies.lazy import STUDY
+from tangentlab.studies.lazy_arms import TIERS, Tier
 from tiny import TINY
 
 Line = dict[str, Any]
@@ -22,7 +23,7 @@ Line = dict[str, Any]
 @pytest.mark.parametrize("tier", TIERS)
 def test_arms_have_the_cost_that_their_name_says(tier: int) -> None:
     runs = STUDY.runs(tier, [4])
-    assert set(lazy.FINALISTS) <= {config.name for config in runs.values()}
+    assert set(lazy_arms.FINALISTS) <= {config.name for config in runs.values()}
 
     def cost(config: RunConfig) -> float:
         method, epochs = build_method(config), config.training.epochs
@@ -42,7 +43,7 @@ def test_arms_have_the_cost_that_their_name_says(tier: int) -> None:
         assert (config.switch.rule == "fixed") == fixed
         assert (config.probe.size > 0) == (config.name in ("pgd", "trades"))
         if config.name.partition("-ema")[0].endswith("-half"):
-            assert lazy.HALF - 0.1 < cost(config) / cost(runs["pgd-4"]) <= lazy.HALF
+            assert lazy_arms.HALF - 0.1 < cost(config) / cost(runs["pgd-4"]) <= lazy_arms.HALF
         if "-at-" in config.name:
             shown = float(config.name.partition("+")[0].rpartition("-")[2]) * config.training.epochs
             assert config.switch.epoch == pytest.approx(shown, abs=1e-3)
@@ -50,7 +51,7 @@ def test_arms_have_the_cost_that_their_name_says(tier: int) -> None:
             way = config.switch.to or config.method
             assert (way["crafting_statistics"], way["buffer_updates"]) == ("batch", ("crafting", "loss"))
     if TIERS[tier].whole:
-        assert set(lazy.STORED) | set(lazy.HALF_RIVALS) <= {config.name for config in runs.values()}
+        assert set(lazy_arms.STORED) | set(lazy_arms.HALF_RIVALS) <= {config.name for config in runs.values()}
         usual = runs["stored-at-0.2-4"]
         others = [runs[f"stored-at-0.2+{condition}-4"] for condition in ("slow", "weak", "narrow")]
         assert [other.training.learning_rate for other in others] == [0.02, 0.1, 0.1]
@@ -125,18 +126,18 @@ def planted(seed: int, *, switched: float = 3.0, **changed: float) -> list[Line]
         "clean-at-0.5": 7.0,
         "pgd-ema": 61.0,
         "kernel-stored-staying-ema": 60.5,
-        **dict.fromkeys(lazy.HALF_RIVALS, 55.0),
-        **dict.fromkeys(lazy.STORED, 58.0),
+        **dict.fromkeys(lazy_arms.HALF_RIVALS, 55.0),
+        **dict.fromkeys(lazy_arms.STORED, 58.0),
         **changed,
     }
-    cost = {lazy.KERNEL: 150.0, "stored-throughout": 80.0, "pgd": 345.0}
-    cost |= {arm: 90.0 + 30 * place for place, arm in enumerate(lazy.STORED)}
-    cost |= dict.fromkeys(lazy.HALF_RIVALS, 172.0)
+    cost = {lazy_arms.KERNEL: 150.0, "stored-throughout": 80.0, "pgd": 345.0}
+    cost |= {arm: 90.0 + 30 * place for place, arm in enumerate(lazy_arms.STORED)}
+    cost |= dict.fromkeys(lazy_arms.HALF_RIVALS, 172.0)
     return [
         {
             "what": "checkpoint",
             "arm": arm,
-            "kind": lazy.kind(arm),
+            "kind": lazy_arms.kind(arm),
             "seed": seed,
             "checkpoint": checkpoint,
             "at": 15.0,
@@ -220,7 +221,7 @@ def test_the_rival_is_chosen_on_the_other_seeds() -> None:
 def test_at_more_than_half_of_the_cost_nothing_is_said_of_rivals() -> None:
     lines = [line for seed in SEEDS for line in planted(seed)]
     for line in lines:
-        if (line["seed"], line["arm"]) == (4, lazy.KERNEL):
+        if (line["seed"], line["arm"]) == (4, lazy_arms.KERNEL):
             line["cost"] = 180.0
     found = verdicts(lines)
     assert set(found["rivals"].values) == {3, 5, 6}
@@ -233,7 +234,7 @@ def test_a_seed_without_an_arm_counts_where_it_is_not_needed() -> None:
     found = verdicts(lines)
     assert {3, 4, 6} <= set(found["rivals"].values)  # it is the others' choice that matters
     assert set(found["stored"].values) == {3, 4, 5, 6}
-    lines = [line for line in lines if (line["seed"], line["arm"]) != (6, lazy.KERNEL)]
+    lines = [line for line in lines if (line["seed"], line["arm"]) != (6, lazy_arms.KERNEL)]
     assert 6 not in verdicts(lines)["stored"].values
 
 
@@ -246,8 +247,11 @@ def test_the_frontier_has_a_point_an_arm() -> None:
         for line in robust.lines
         for label, x, y in zip(line.labels, line.x, line.y, strict=True)
     }
-    assert points[lazy.KERNEL] == (150.0, pytest.approx(0.599))
+    assert points[lazy_arms.KERNEL] == (150.0, pytest.approx(0.599))
     assert set(points) == {line["arm"] for line in lines if not line["arm"].startswith("clean-at")}
     kinds = {line.name for line in robust.lines}
-    assert kinds <= set(lazy.KINDS)
-    assert {lazy.kind(arm) for arm in lazy.arms(TIERS[1])} == {*lazy.KINDS, lazy.OTHERWISE}
+    assert kinds <= set(lazy_arms.KINDS)
+    assert {lazy_arms.kind(arm) for arm in lazy_arms.arms(TIERS[1])} == {
+        *lazy_arms.KINDS,
+        lazy_arms.OTHERWISE,
+    }

@@ -23,210 +23,36 @@ Hardware and time: a CPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
-from tangentlab.runs import RunConfig, evaluate, load_config
-from tangentlab.runs.parsing import build_method
+from tangentlab.runs import RunConfig, evaluate
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, measured
+from tangentlab.studies.lazy_arms import (
+    CONDITION_SHARE,
+    FINALISTS,
+    FIRST_FALL,
+    FIXED,
+    HALF,
+    HALF_RIVALS,
+    KERNEL,
+    KINDS,
+    RETURNING,
+    STORED,
+    TIERS,
+    TO,
+    TUNING_SEEDS,
+    USUAL,
+    fixed_kind,
+    kind,
+    runs,
+)
 from tangentlab.studies.study import Study, Values
-
-
-@dataclass(frozen=True)
-class Tier:
-    """What a tier trains and how it is judged.
-
-    Args:
-        config: a shipped configuration.
-        words: overrides of it.
-        points: first test points for APGD.
-        all_points: likewise, of the finalists.
-        autoattack: first test points for AutoAttack, of the finalists.
-        narrow: widths of the narrower network.
-        whole: whether all arms are part of it, or the finalists alone.
-    """
-
-    config: str
-    words: str
-    points: int
-    all_points: int
-    autoattack: int
-    narrow: str = ""
-    whole: bool = True
-
-
-COMMON = (
-    "--training.schedule=piecewise --threads=1 --channels_last=true --evaluation.num_steps=10 "
-    "--evaluation.test_num_steps=10 --evaluation.test_size=200 --evaluation.every=1"
-)
-TIERS = {
-    0: Tier(
-        "digits",
-        "--eps=0.2 --training.epochs=12 --training.batch_size=50 --data.validation_size=200",
-        360,
-        360,
-        50,
-        "[4,8,16,16]",
-    ),
-    1: Tier(
-        "fashion-mnist",
-        "--training.epochs=15 --data.validation_size=300",
-        1000,
-        10_000,
-        200,
-        "[8,16,32]",
-    ),
-    2: Tier("cifar10-narrow", "--training.epochs=15 --data.validation_size=300", 500, 2000, 200, whole=False),
-}
-UNWATCHED = "--probe.size=0"
-WATCHED = "--probe.size=20 --probe.every=0.5"
-
-# A switch at a fixed epoch: to what, and at which shares of the training.
-SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)
-FIXED = {"stored": SHARES, "clean": (0.2, 0.5, 0.8), "one-step": (0.2, 0.5), "fewer": (0.2, 0.35)}
-STORED = [f"stored-at-{share:g}" for share in SHARES]
-HALF = 0.5  # of PGD training's cost
-HALF_SHARE = 0.1  # of a longer training that costs half, at which PGD gives way to stored perturbations
-FIRST_FALL = 0.5  # of the learning rate, a share of the training
-TUNING_SEEDS = (0, 1, 2)
-EMA = "--training.ema_decay=0.995"
-RETURNING = "kernel-stored"  # to the full attack where the learning rate falls
-KERNEL = "kernel-stored-staying"
-FINALISTS = ("pgd", KERNEL, "stored-at-0.2", "n_fgsm-half", "atta-half")
-PGD, STANDARD = "--method=pgd", "--method=standard"
-# BatchNorm is treated as in PGD training, from which the other arms with stored perturbations come.
-STORED_THROUGHOUT = (
-    "--method=atta --method.reset_epochs=null --method.crafting_statistics=batch "
-    "--method.buffer_updates=[crafting,loss]"
-)
-CONDITION_SHARE = 0.2
-USUAL = "usual"
-
-
-def _replacements(eps: float) -> dict[str, str]:
-    """What the examples are replaced by."""
-    return {
-        "clean": "--switch.to=standard",
-        "one-step": "--switch.to=fgsm_rs",
-        "stored": "--switch.to=atta",
-        "fewer": f"--switch.to=pgd --switch.to.num_steps=2 --switch.to.step_size={0.625 * eps}",
-    }
-
-
-TO = tuple(_replacements(1.0))
-
-
-def _rivals(eps: float) -> dict[str, str]:
-    """Those at half of PGD training's cost, as published, with what the benchmark of methods found."""
-    return {
-        "n_fgsm-half": "--method=n_fgsm",
-        # At a consistency of 10 the network dies.
-        "fgsm_pgi-half": "--method=fgsm_pgi --method.consistency=1 --method.label_smoothing=4/9",
-        "fgsm_rs-half": "--method=fgsm_rs",
-        "free-half": "--method=free --training.learning_rate=0.04",
-        "atta-half": "--method=atta --method.reset_epochs=null",
-        "pgd-3-half": f"--method=pgd --method.num_steps=3 --method.step_size={eps / 2}",
-        "pgd-half": PGD,
-    }
-
-
-HALF_RIVALS = (*_rivals(1.0), "clean-first-half")
-
-
-def arms(tier: Tier) -> dict[str, str]:
-    """Name -> overrides."""
-    fixed = "--switch.rule=fixed --switch.return_on_drop=false"
-    kernel = "--switch.rule=kernel"
-    epochs, eps = _config(tier, "").training.epochs, _config(tier, "").eps
-    to = _replacements(eps)
-
-    def replaced(name: str, share: float) -> str:
-        return f"{PGD} {fixed} --switch.epoch={share * epochs:g} {to[name]}"
-
-    found = {"pgd": f"{PGD} {WATCHED}", "trades": f"--method=trades {WATCHED}"}
-    for name, shares in FIXED.items():
-        found |= {f"{name}-at-{share:g}": replaced(name, share) for share in shares}
-    found["stored-throughout"] = STORED_THROUGHOUT
-    found["trades-fewer-at-0.35"] = (
-        f"--method=trades {fixed} --switch.epoch={0.35 * epochs:g} --switch.to=trades "
-        f"--switch.to.num_steps=1 --switch.to.step_size={eps}"
-    )
-    found[RETURNING] = f"{PGD} {kernel} {to['stored']}"
-    found[KERNEL] = f"{found[RETURNING]} --switch.return_on_drop=false"
-    found["kernel-clean"] = f"{PGD} {kernel} {to['clean']}"
-    found["kernel-clean-guarded"] = f"{found['kernel-clean']} --switch.held_out=300"
-    for name, words in _rivals(eps).items():
-        found[name] = f"{words} --training.epochs={_affordable(tier, words)}"
-    full = f"--switch.to=pgd --switch.to.num_steps={_config(tier, PGD).method['num_steps']}"
-    found["clean-first-half"] = f"{STANDARD} {fixed} {_clean_first(tier)} {full}"
-    long = _stored_longer(tier)
-    found["stored-half"] = f"{PGD} {fixed} --switch.epoch={HALF_SHARE * long:g} {to['stored']}"
-    found["stored-half"] += f" --training.epochs={long}"
-    for name in ("pgd", KERNEL, "n_fgsm-half"):
-        found[f"{name}-ema"] = f"{found[name]} {UNWATCHED} {EMA}"
-    for condition, words in _conditions(tier, eps).items():
-        found[f"pgd+{condition}"] = f"{PGD} {words}"
-        for name in ("clean", "one-step", "stored"):
-            found[f"{name}-at-{CONDITION_SHARE}+{condition}"] = f"{replaced(name, CONDITION_SHARE)} {words}"
-    return found if tier.whole else {name: found[name] for name in FINALISTS}
-
-
-def _conditions(tier: Tier, eps: float) -> dict[str, str]:
-    """What is other than usual -> overrides."""
-    return {
-        "slow": "--training.learning_rate=0.02",
-        "weak": f"--eps={eps / 2}",
-        "narrow": f"--model.widths={tier.narrow}",
-    }
-
-
-def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
-    """ARM-SEED -> configuration."""
-    chosen = TIERS[tier]
-    return {
-        f"{name}-{seed}": _config(chosen, f"{words} --name={name} --seed={seed}")
-        for seed in seeds
-        for name, words in arms(chosen).items()
-    }
-
-
-def _config(tier: Tier, words: str) -> RunConfig:
-    return load_config(tier.config, [*COMMON.split(), UNWATCHED, *tier.words.split(), *words.split()])
-
-
-def _cost(tier: Tier, words: str) -> float:
-    """Of an epoch, in forward equivalents an example; one of Free takes each batch several times."""
-    method = build_method(_config(tier, words))
-    return method.passes.cost * method.replays
-
-
-def _budget(tier: Tier) -> float:
-    return HALF * _config(tier, "").training.epochs * _cost(tier, PGD)
-
-
-def _affordable(tier: Tier, words: str) -> int:
-    """Epochs that half of PGD training's cost buys."""
-    return max(1, math.floor(_budget(tier) / _cost(tier, words)))
-
-
-def _clean_first(tier: Tier) -> str:
-    """Delayed AT at half of the cost: two thirds of the epochs, the first of them on clean examples."""
-    epochs, clean, pgd = _config(tier, "").training.epochs * 2 // 3, _cost(tier, STANDARD), _cost(tier, PGD)
-    return f"--training.epochs={epochs} --switch.epoch={(epochs * pgd - _budget(tier)) / (pgd - clean):.3g}"
-
-
-def _stored_longer(tier: Tier) -> int:
-    """Epochs that half of the cost buys, PGD's for HALF_SHARE of them and then stored perturbations."""
-    each = HALF_SHARE * _cost(tier, PGD) + (1 - HALF_SHARE) * _cost(tier, STORED_THROUGHOUT)
-    return math.floor(_budget(tier) / each)
-
 
 # --- measurements ----------------------------------------------------------------------------------------
 
@@ -287,30 +113,6 @@ def _switched(record: RunRecord) -> dict[str, float]:
     first = {phase: epoch for epoch, phase in reversed(changes)}
     names = {"cheap": "epoch", "full": "back"}
     return {names[phase]: epoch for phase, epoch in first.items()}
-
-
-def _fixed_kind(to: str) -> str:
-    return f"{to} from a fixed epoch"
-
-
-REFERENCE, KERNEL_DECIDES, AVERAGED_KIND = "reference", "the kernel decides", "with EMA"
-RIVAL, OTHERWISE = "rival", "under other conditions"
-KINDS = (REFERENCE, *map(_fixed_kind, (*FIXED, "trades-fewer")), RIVAL, KERNEL_DECIDES, AVERAGED_KIND)
-
-
-def kind(arm: str) -> str:
-    """What a figure colours an arm by: of KINDS, or that it was trained under other conditions."""
-    if "+" in arm:
-        return OTHERWISE
-    if arm in ("pgd", "trades"):
-        return REFERENCE
-    if arm.endswith("-ema"):
-        return AVERAGED_KIND
-    if arm.startswith("kernel"):
-        return KERNEL_DECIDES
-    if "-at-" in arm:
-        return _fixed_kind(arm.partition("-at-")[0])
-    return RIVAL
 
 
 # --- claims ----------------------------------------------------------------------------------------------
@@ -522,7 +324,7 @@ FIGURES = (
         point="arm",
         colour="kind",
         panels="y",
-        where={**_LAST, "kind": tuple(kind for kind in KINDS if kind != _fixed_kind("clean"))},
+        where={**_LAST, "kind": tuple(kind for kind in KINDS if kind != fixed_kind("clean"))},
     ),
     ValueFigure(
         key="switching",
