@@ -19,7 +19,13 @@ from tangentlab.report.subject import subjects
 from tangentlab.runs import train
 from tangentlab.studies.demo import METHODS, demo_config
 
-CURVES = ("clean_accuracy", "fgsm_accuracy", "robust_accuracy", "kernel/fgsm~pgd/class/distance")
+CURVES = (
+    "clean_accuracy",
+    "fgsm_accuracy",
+    "robust_accuracy",
+    "kernel/fgsm~pgd/class/distance",
+    "alarm/pooled",
+)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The alarm follows planted shares, pools its looks, waits for its start, leaves no trace, and resumes."""
+"""The alarm follows planted shares, pools its looks, leaves no trace, and resumes."""
 
 from __future__ import annotations
 
@@ -60,12 +60,6 @@ def test_looks_weigh_by_what_pgd_would_buy(monkeypatch: pytest.MonkeyPatch) -> N
     for step in range(3):
         one.update(network(), step)
     assert one.looks[-1].pooled == pytest.approx(2 / 10)
-
-
-def test_looks_before_the_start_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = alarm(start=30)
-    assert followed(monkeypatch, one, [0.1] * 6) == [False] * 5 + [True]
-    assert one.spoke_at == 50
 
 
 def test_the_threshold_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +125,6 @@ def test_examples_are_its_own() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ConfigError, match="threshold=1.5"):
         alarm(threshold=1.5)
-    with pytest.raises(ConfigError, match="start=-1"):
-        alarm(start=-1)
     with pytest.raises(ConfigError, match="eps=8"):
         tl.OverfittingAlarm(X, Y, eps=8)
     with pytest.raises(ConfigError, match="2 examples"):

@@ -45,6 +45,20 @@ def test_accuracies_find_the_planted_collapse(report: Report) -> None:
     assert [len(line.x) for line in robust.lines] == [33, 33, 33, 13]  # the torn line is not read
 
 
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [([0.0, 0.0, 0.0], "collapse at step 4.5, PGD"), ([0.4, 0.4, 0.4], "passing collapse at step 1.5, PGD")],
+)
+def test_a_fall_that_lasts_is_told_before_one_that_does_not(
+    end: list[float], said: str, tmp_path: Path
+) -> None:
+    with Run.create(tmp_path / "run") as run:
+        for step, robust in enumerate([0.4, 0.4, 0.0, 0.4, 0.4, *end]):
+            run.write(Measurement(step, {"fgsm_accuracy": 0.8, "robust_accuracy": robust}))
+    told = figures.accuracies(_read(tmp_path / "run")).finding.parts[0].text
+    assert told.startswith(said)
+
+
 def test_gaps_find_the_planted_parting_before_the_fall(report: Report) -> None:
     figure = figures.gaps(report.subjects())
     panel = next(p for p in figure.panels if p.title == "fgsm")

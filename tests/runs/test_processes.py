@@ -84,7 +84,7 @@ def settings(method: str) -> list[str]:
         # From PGD to a step from what it kept, at the second look; the first process says so to the other.
         "lazy": [f"--switch.{word}" for word in ("every=1", "threshold=1.5", "resume=2", "patience=1")],
         # Raised at the third look; likewise.
-        "spectral": [f"--alarm.{word}" for word in ("every=1", "start=0", "threshold=0.999")],
+        "spectral": [f"--alarm.{word}" for word in ("every=1", "threshold=0.999")],
     }
     return own.get(method, [])
 

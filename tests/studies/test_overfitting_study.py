@@ -68,7 +68,7 @@ def test_a_run_is_read_checkpoint_by_checkpoint(monkeypatch: pytest.MonkeyPatch,
 
 def planted(collapse: float | None, seed: int, number: int, **changed: Any) -> list[Line]:
     """40 looks, one an epoch; fgsm~pgd parts five epochs before the collapse, the cosine falls two after."""
-    name = f"{'fgsm' if collapse else 'fgsm_rs' if number % 2 else 'pgd'}-{number}-{seed}"
+    name = f"{'fgsm' if collapse else 'fgsm_rs' if number == 5 else 'pgd'}-{number}-{seed}"
     down = [collapse is not None and epoch >= collapse for epoch in range(40)]
     run = {
         "what": "run",
@@ -154,6 +154,7 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
         "cheap-earlier": "supported",
         "deployed": "supported",
         "deployed-false-alarms": "supported",
+        "deployed-controls": "supported",
         "time": "supported",
         "spectrum": "inconclusive",  # it does not rise above its noise: nothing is chosen
         "kernel-first": "supported",
@@ -161,6 +162,7 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
     assert set(found["in-time"].values) == set(SEEDS)
     assert found["in-time"].interval == pytest.approx(wilson_interval(40, 40))
     assert found["deployed-false-alarms"].interval == pytest.approx(wilson_interval(0, 90))
+    assert found["deployed-controls"].interval == pytest.approx(wilson_interval(0, 80))
     assert found["earlier"].effect == pytest.approx(45)
     assert found["time"].effect == pytest.approx(0.02)
     assert found["spectrum"].values == {}
@@ -168,12 +170,15 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
 
 def test_the_shipped_alarm_is_judged_by_when_it_spoke_itself(values: list[Line]) -> None:
     late = [
-        {**line, "raised_at": 1.0, "warned_at": 39.0} if line["what"] == "run" and line["seed"] % 2 else line
+        {**line, "raised_at": 1.0, "warned_at": 39.0}
+        if line["what"] == "run" and line["seed"] % 2 and line["method"] != "pgd"
+        else line
         for line in values
     ]
     found = {v.claim: v for v in STUDY.judge(late, "here")}
     assert found[overfitting.DEPLOYED].effect == 0.5
-    assert found[overfitting.DEPLOYED_QUIET].effect == 0.5
+    assert found[overfitting.DEPLOYED_QUIET].effect == pytest.approx(0.5 / 9)
+    assert found[overfitting.DEPLOYED_CONTROLS].effect == 0
     assert found[overfitting.IN_TIME].effect == 1
 
 
@@ -195,6 +200,7 @@ def test_no_seed_is_judged_by_its_own_choice_and_those_of_tuning_not_at_all(valu
     assert judged == {
         overfitting.DEPLOYED,
         overfitting.DEPLOYED_QUIET,
+        overfitting.DEPLOYED_CONTROLS,
         overfitting.TIME,
         overfitting.KERNEL_FIRST,
     }

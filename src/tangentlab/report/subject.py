@@ -115,17 +115,16 @@ class Subject:
 
     @cached_property
     def collapse(self) -> Collapse | None:
-        """Catastrophic overfitting on the validation split, by the definition of tangentlab.metrics."""
+        """Catastrophic overfitting on the validation split, by the definition of tangentlab.metrics: the first
+        that lasts, else the first."""
         fgsm, robust = self.curve("fgsm_accuracy"), self.curve("robust_accuracy")
         both = sorted(set(fgsm.x) & set(robust.x))
         if not both:
             return None
-        return catastrophic_overfitting(
-            both,
-            [fgsm.at_or_before(x) for x in both],
-            [robust.at_or_before(x) for x in both],
-            chance=1 / (self.classes or 10),
-        )
+        curves = [[curve.at_or_before(x) for x in both] for curve in (fgsm, robust)]
+        chance = 1 / (self.classes or 10)
+        found = (catastrophic_overfitting(both, *curves, chance=chance, lasting=only) for only in (True, False))
+        return next(filter(None, found), None)
 
     @property
     def classes(self) -> int | None:

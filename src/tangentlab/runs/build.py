@@ -204,13 +204,12 @@ def build_probe(config: RunConfig, examples: Examples) -> KernelProbe | None:
     )
 
 
-def build_alarm(config: RunConfig, examples: Examples, steps_per_epoch: int) -> OverfittingAlarm:
+def build_alarm(config: RunConfig, examples: Examples) -> OverfittingAlarm:
     """The alarm on class-balanced training examples."""
     return OverfittingAlarm(
         *_watched(config, examples, config.alarm.size),
         eps=config.eps,
         threshold=config.alarm.threshold,
-        start=round(config.alarm.start * steps_per_epoch),
     )
 
 

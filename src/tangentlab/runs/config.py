@@ -176,7 +176,6 @@ class AlarmConfig:
             switch's rule alarm 25.
         size: class-balanced training examples; each look takes a third of them.
         threshold: raised while the update share lies below it, in (0, 1). Of the rule alarm 0.75.
-        start: epochs before which looks do not count.
         restore: whenever it is raised, go back to the weights of the last look at which it was not; momentum
             begins at zero.
     """
@@ -184,14 +183,12 @@ class AlarmConfig:
     every: int | None = None
     size: int = 45
     threshold: float = THRESHOLD
-    start: float = 1.0
     restore: bool = False
 
     def __post_init__(self) -> None:
         _at_least("alarm.every", self.every, 1)
         _at_least("alarm.size", self.size, 3)
         check_threshold(self.threshold, "alarm.threshold")
-        _at_least("alarm.start", self.start, 0)
 
 
 @dataclass(frozen=True)

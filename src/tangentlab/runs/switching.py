@@ -90,7 +90,7 @@ def build_controller(
     if config.alarm.every is None:
         return controller
     return Alarming(
-        build_alarm(config, examples, steps_per_epoch),
+        build_alarm(config, examples),
         config.alarm.every,
         controller,
         other if rule == "alarm" else None,

@@ -308,6 +308,14 @@ DEPLOYED_QUIET = Claim(
     0.05,
     above=False,
 )
+DEPLOYED_CONTROLS = Claim(
+    "overfitting/deployed-controls",
+    "Of the quiet runs of the methods that are said not to collapse (PGD, N-FGSM, GradAlign) it speaks in "
+    "less than 5 %.",
+    "share of those runs",
+    0.05,
+    above=False,
+)
 SPECTRUM_ALONE = Claim(
     "overfitting/spectrum",
     "The spectrum of the kernel on clean inputs is enough: its best signal speaks in time in more than half "
@@ -340,11 +348,12 @@ CLAIMS = (
     CHEAP_EARLIER,
     DEPLOYED,
     DEPLOYED_QUIET,
+    DEPLOYED_CONTROLS,
     TIME,
     SPECTRUM_ALONE,
     KERNEL_FIRST,
 )
-SHARES = {IN_TIME, QUIET, CHEAP_IN_TIME, CHEAP_QUIET, DEPLOYED, DEPLOYED_QUIET, SPECTRUM_ALONE, KERNEL_FIRST}
+SHARES = set(CLAIMS) - {EARLIER, CHEAP_EARLIER, TIME}
 
 
 def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
@@ -372,6 +381,8 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
             outcomes[SPECTRUM_ALONE][seed] = [run.lead(clean) > 0 for run in collapsing]
         outcomes[DEPLOYED][seed] = [run.steps_until_collapse(run.warned_at) > 0 for run in collapsing]
         outcomes[DEPLOYED_QUIET][seed] = [run.raised_at is not None for run in quiet]
+        controls = [run for run in quiet if run.method not in SINGLE_STEP]
+        outcomes[DEPLOYED_CONTROLS][seed] = [run.raised_at is not None for run in controls]
         firsts = [run.kernel_first() for run in collapsing]
         outcomes[KERNEL_FIRST][seed] = [first for first in firsts if first is not None]
     effects[TIME] = _alarm_time(values)

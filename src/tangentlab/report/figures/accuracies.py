@@ -60,6 +60,6 @@ def _sentence(run: Subject) -> str:
         return f"no collapse (PGD accuracy {best:.1%} at best, {last:.1%} at the end)"
     fall = run.collapse
     return (
-        f"collapse at {run.axis} {fall.epoch:.3g}, PGD accuracy down from "
+        f"{'' if fall.lasting else 'passing '}collapse at {run.axis} {fall.epoch:.3g}, PGD accuracy down from "
         f"{fall.best_robust_accuracy:.1%} to {robust.y[-1]:.1%} at the end, FGSM accuracy {fgsm.y[-1]:.1%}"
     )
