@@ -115,16 +115,18 @@ class Subject:
 
     @cached_property
     def collapse(self) -> Collapse | None:
-        """Catastrophic overfitting on the validation split, by the definition of tangentlab.metrics: the first
-        that lasts, else the first."""
+        """Catastrophic overfitting on the validation split, as tangentlab.metrics defines it: the first that
+        lasts, else the first."""
         fgsm, robust = self.curve("fgsm_accuracy"), self.curve("robust_accuracy")
         both = sorted(set(fgsm.x) & set(robust.x))
         if not both:
             return None
         curves = [[curve.at_or_before(x) for x in both] for curve in (fgsm, robust)]
         chance = 1 / (self.classes or 10)
-        found = (catastrophic_overfitting(both, *curves, chance=chance, lasting=only) for only in (True, False))
-        return next(filter(None, found), None)
+        lasting, first = (
+            catastrophic_overfitting(both, *curves, chance=chance, lasting=only) for only in (True, False)
+        )
+        return lasting or first
 
     @property
     def classes(self) -> int | None:
