@@ -22,7 +22,7 @@ from tangentlab.records import environment, read_run
 from tangentlab.runs import RunConfig, check_outcomes, train_many
 from tangentlab.runs.display import ProgressDisplay
 from tangentlab.studies import overfitting
-from tangentlab.studies.overfitting_watches import ONE_STEP, TUNING_SEEDS
+from tangentlab.studies.overfitting_watches import JUDGED, ONE_STEP, TUNING_SEEDS
 
 THRESHOLDS = [round(0.3 + 0.05 * k, 2) for k in range(14)]
 
@@ -76,7 +76,7 @@ def by_threshold(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for threshold in THRESHOLDS:
         line: dict[str, Any] = {"threshold": threshold, "in_time": 0, "collapsed": 0, "false": 0, "quiet": 0}
         for run in rows:
-            if run["fate"] not in overfitting.JUDGED:
+            if run["fate"] not in JUDGED:
                 continue
             looks = zip(run["pooled"]["epochs"], run["pooled"]["values"], strict=True)
             spoke = next((epoch for epoch, pooled in looks if pooled < threshold), None)

@@ -8,8 +8,8 @@ kept checkpoint all signals are taken, the kernel's and the rivals', whatever th
 Each is watched in several ways, and may speak or not; what a collapse is, and a quiet run, says
 tangentlab.studies.overfitting_watches. Each seed is judged by the thresholds and the choice of the others;
 seeds 0 and 1, on which eps, rates and the shipped threshold were chosen, by none. The first epoch is not
-watched. An alarm is in time if it speaks before PGD accuracy (PGD-10, validation split) has lost half of its
-best. The shipped alarm looks on by itself as every run trains, as a user's would.
+watched, but by the shipped alarm, which looks on by itself as every run trains, as a user's would. An alarm
+is in time if it speaks before PGD accuracy (PGD-10, validation split) has lost half of its best.
 
 The lines of values.jsonl, by ``what``: "run", its accuracies and its alarm; "signals" of a checkpoint;
 "again", the same on other examples, now and then: a signal's noise. What each signal is worth is derived from
@@ -47,6 +47,7 @@ from tangentlab.studies.overfitting_signals import (
     full_signals,
 )
 from tangentlab.studies.overfitting_watches import (
+    JUDGED,
     SINGLE_STEP,
     TUNING_SEEDS,
     Chosen,
@@ -105,7 +106,6 @@ AFTERWARDS = 3  # epochs that are looked at after a collapse
 WHEN = {"over 8 before": 8, "4 to 8": 4, "2 to 4": 2, "1 to 2": 1, "the last": 0}
 AFTER = "after"
 
-JUDGED = ("collapsed", "quiet")
 FATES = (*JUDGED, "neither", "unlearned")
 
 # --- runs ------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ WATCHED_FROM = 1.0  # epochs
 SMOOTHED = 3  # looks whose median is watched
 BEFORE = 8  # looks whose median a change is told from; four at least
 FALSE_ALARMS = 0.05
+JUDGED = ("collapsed", "quiet")  # fates
 LEARNED = 0.15  # robust accuracy, of ten classes
 HALVED = 0.5
 CLEAR = 2.0  # times the noise that a rise exceeds
@@ -196,7 +197,7 @@ def seen_runs(values: Iterable[Values]) -> list[Seen]:
     for lines in by_run.values():
         run = next(line for line in lines if line["what"] == "run")
         name, collapse = fate(run)
-        if name not in ("collapsed", "quiet"):
+        if name not in JUDGED:
             continue
         signals = [line for line in lines if line["what"] == "signals"]
         found.append(
