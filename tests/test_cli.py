@@ -52,6 +52,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
         (["--method.num_step", 3], "did you mean 'method.num_steps'?"),
         (["--training.epochs", "many"], "training.epochs='many' is not of type int"),
         (["--training.epochs", 0], "training.epochs=0 is out of range; at least 1"),
+        (["--alarm.every", 0.5], "alarm.every=0.5 is not of type int, nor null"),
         (["--eps", 8], "eps=8 is out of range (0, 1]; inputs are in [0, 1]: write 8/255"),
         (["--eps", "-8/255"], "eps='-8/255' is not of type float"),
         (["--eps", "nan"], "eps="),

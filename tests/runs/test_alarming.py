@@ -14,9 +14,8 @@ from tangentlab.files import read_tensors
 from tangentlab.probes import overfitting_alarm
 from tangentlab.runs import RunConfig, evaluate, load_config, resolve, train
 from tangentlab.runs.alarming import Alarming
-from tangentlab.runs.evaluation import kept_checkpoints
 from tangentlab.runs.parsing import dump
-from tangentlab.training import TrainingState
+from tangentlab.training import TrainingState, all_weights
 from tiny import TINY
 
 Make = Callable[..., RunConfig]
@@ -117,32 +116,39 @@ def test_while_it_is_raised_the_other_method_trains_and_all_is_counted(
     assert record.status["steering_seconds"] > 0
 
 
+@pytest.mark.parametrize("average", [(), ("--training.ema_decay=0.9",)])
 def test_training_goes_back_to_the_weights_before_each_alarm(
-    planted: Callable[[Sequence[float]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: Callable[[Sequence[float]], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    average: Sequence[str],
 ) -> None:
     planted(SHARES)
-    restore, seen = Alarming._restore, []
+    restore = Alarming._restore
+    before: dict[int, dict[str, torch.Tensor]] = {}
+    after: dict[int, dict[str, torch.Tensor]] = {}
 
     def weights(state: TrainingState) -> dict[str, torch.Tensor]:
-        return {f"model/{name}": tensor.clone() for name, tensor in state.model.state_dict().items()}
+        return {name: tensor.clone() for name, tensor in all_weights(state).items()}
 
     def watched(self: Alarming, state: TrainingState, good: dict[str, torch.Tensor] | None) -> None:
-        before = weights(state)
+        before[state.step] = weights(state)
         restore(self, state, good)
         if good is not None:
-            seen.append((state.step, before, weights(state), len(state.optimizer.state)))
+            after[state.step] = weights(state)
+            assert not state.optimizer.state
 
     monkeypatch.setattr(Alarming, "_restore", watched)
-    words = ("--method=fgsm", *LOOKS, "--alarm.restore=true", "--training.keep_every=0.34")
+    words = ("--method=fgsm", *LOOKS, "--alarm.restore=true", *average)
     record = train(single_step(*words), tmp_path / "run")
     restored = [line["step"] for line in record.metrics if line.get("alarm/restored")]
-    assert restored == [step for step, *_ in seen] == [4, 8]
-    kept = {step: read_tensors(path)[0] for step, path in kept_checkpoints(tmp_path / "run").items()}
-    for step, before, after, momentum in seen:
-        assert momentum == 0
-        for name, tensor in kept[step].items():
-            assert torch.equal(before[name], tensor), name
-            assert torch.equal(after[name], kept[step - 1][name]), name
+    assert restored == list(after) == [4, 8]
+    for step, found in after.items():
+        assert {name.partition("/")[0] for name in found} == {"model", *(["averaged"] if average else [])}
+        trained = [name for name in found if name.endswith("weight")]
+        assert not any(torch.equal(before[step][name], before[step - 1][name]) for name in trained)
+        for name, tensor in found.items():
+            assert torch.equal(tensor, before[step - 1][name]), name
 
 
 def test_spectral_is_one_step_and_two_while_the_alarm_is_raised(tmp_path: Path) -> None:

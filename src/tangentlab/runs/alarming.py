@@ -17,8 +17,10 @@ from tangentlab.training import (
     Controller,
     Method,
     TrainingState,
+    all_weights,
     check_parameters,
     judged_weights,
+    load_all_weights,
     write_weights,
 )
 
@@ -94,13 +96,13 @@ class Alarming:
             self.kept = {name: tensor.detach().clone() for name, tensor in judged_weights(state).items()}
             self.kept_at = state.step
         if self.restore and not raised:
-            self.good = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+            self.good = {name: tensor.detach().clone() for name, tensor in all_weights(state).items()}
         return returns
 
     def _restore(self, state: TrainingState, good: dict[str, Tensor] | None) -> None:
         """Take the good weights and buffers, where there are some; momentum begins at zero."""
         if good is not None:
-            state.model.load_state_dict(good)
+            load_all_weights(state, good)
             state.optimizer.state.clear()
 
     def _speak(self, state: TrainingState, log: Log) -> None:

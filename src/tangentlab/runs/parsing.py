@@ -465,6 +465,9 @@ def _parser_message(error: Exception, values: Mapping[str, Any]) -> str:
     if words:  # switched off, on, or in a way that has a name
         names = [name.strip().strip("'") for name in words[1].split(",")]
         return unknown_choice(key[1], value, ["false", "true", *names])
+    either = re.search(r"Union subtypes Subtypes: \[<class '(\w+)'>, <class 'NoneType'>\]", text)
+    if either:
+        return f"{key[1]}={value!r} is not of type {either[1]}, nor null"
     expected = re.search(r"Expected an? (.+?)\. Got value", text)
     if expected is None:
         return f"{key[1]}={value!r}: {text.split(': ', 1)[-1]}"

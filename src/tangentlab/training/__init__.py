@@ -2,7 +2,9 @@
 
 from tangentlab.training.atta import ATTATraining
 from tangentlab.training.checkpoint import (
+    all_weights,
     judged_weights,
+    load_all_weights,
     load_checkpoint,
     load_weights,
     save_checkpoint,
@@ -66,8 +68,10 @@ __all__ = [
     "TrainingState",
     "UpdateAlignTraining",
     "ZeroGradTraining",
+    "all_weights",
     "check_parameters",
     "judged_weights",
+    "load_all_weights",
     "load_checkpoint",
     "load_weights",
     "recalibrate",

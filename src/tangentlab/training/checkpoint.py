@@ -27,9 +27,7 @@ def save_checkpoint(
     path: Path, state: TrainingState, extra: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Write the state atomically; ``extra`` (JSON-able) and ``tensors`` come back when it is loaded."""
-    held = _weights(state.model)
-    if state.averaged is not None:
-        held |= _weights(state.averaged.module, "averaged/")
+    held = all_weights(state)
     held |= {f"extra/{name}": value for name, value in tensors.items()}
     held |= {f"memory/{name}": value for name, value in state.memory.tensors.items()}
     scalars: dict[str, Any] = {}
@@ -57,6 +55,19 @@ def save_checkpoint(
 def save_weights(path: Path, state: TrainingState, extra: Mapping[str, Any]) -> None:
     """Write the judged network's weights and buffers alone, atomically, with the step and ``extra``."""
     write_weights(path, judged_weights(state), state.step, extra)
+
+
+def all_weights(state: TrainingState) -> dict[str, Tensor]:
+    """The weights and buffers of the network and of its average, by a checkpoint's names."""
+    averaged = {} if state.averaged is None else _weights(state.averaged.module, "averaged/")
+    return {**_weights(state.model), **averaged}
+
+
+def load_all_weights(state: TrainingState, weights: Mapping[str, Tensor]) -> None:
+    """Put what :func:`all_weights` gave, or copies of it, back into the network and its average."""
+    state.model.load_state_dict(under(weights, "model/"))
+    if state.averaged is not None:
+        state.averaged.module.load_state_dict(under(weights, "averaged/"))
 
 
 def judged_weights(state: TrainingState) -> dict[str, Tensor]:
