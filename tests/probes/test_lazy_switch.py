@@ -78,20 +78,20 @@ def test_a_fallen_learning_rate_ends_the_lazy_stage_until_the_kernel_is_slow_for
     # At a tenth of the rate the fastest counts as 0.32 of what it was: 0.1 is more than half of it.
     angles = [0, FAST, SLOW, SLOW, SLOW, FAST / 8, SLOW / 2, SLOW / 2]
     rates = [RATE] * 4 + [RATE / 10] * 4
-    one = switch(patience=1)
+    one = switch(patience=1, return_on_drop=True)
     # At the drop the velocity is the old rate's: it is held against nothing.
     assert turned(Turning(), one, angles, rates) == "ffccffcc"
     assert one.looks[4].reason == "the learning rate fell from 0.1 to 0.01"
     assert one.looks[5].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY * 0.1**0.5, rel=1e-4)
-    staying = switch(patience=1, return_on_drop=False)
+    staying = switch(patience=1)
     assert turned(Turning(), staying, angles, rates) == "ffcccccc"
     assert staying.looks[5].values == one.looks[5].values
     smooth = [RATE * (1 - k / 10) for k in range(8)]
-    assert turned(Turning(), switch(patience=1), angles, smooth) == "ffcccccc"
+    assert turned(Turning(), switch(patience=1, return_on_drop=True), angles, smooth) == "ffcccccc"
 
 
 def test_a_fixed_step_measures_no_kernel() -> None:
-    one = switch(at=25)
+    one = switch(at=25, return_on_drop=True)
     model = Turning()
     assert [one(model, step) for step in range(24, 27)] == ["full", "cheap", "cheap"]
     assert one.cost == 0
@@ -150,7 +150,7 @@ def test_a_dead_kernel_leaves_the_safety_net() -> None:
 
 
 def test_a_fall_between_two_looks_is_seen_and_half_is_one() -> None:
-    model, one = Turning(), switch(at=0)
+    model, one = Turning(), switch(at=0, return_on_drop=True)
     assert one(model, 0, learning_rate=0.1) == "cheap"
     for step, rate in ((1, 0.1), (2, 0.05), (3, 0.05)):
         assert one(model, step, learning_rate=rate) == "cheap"
@@ -201,11 +201,12 @@ def test_the_model_stays_as_it_was() -> None:
 def test_a_resumed_switch_goes_on() -> None:
     angles = [0, FAST, SLOW, SLOW, FAST, FAST, SLOW, SLOW]
     rates = [RATE] * 6 + [RATE / 10] * 2
-    whole = switch(patience=2)
+    settings = {"patience": 2, "return_on_drop": True}
+    whole = switch(**settings)
     expected = turned(Turning(), whole, angles, rates)
     assert {"f", "c"} == set(expected)
     for cut in range(1, len(angles)):
-        model, first, second = Turning(), switch(patience=2), switch(patience=2)
+        model, first, second = Turning(), switch(**settings), switch(**settings)
         turned(model, first, angles[:cut], rates)
         second.load_state_dict(first.state_dict())
         at = sum(angles[:cut])

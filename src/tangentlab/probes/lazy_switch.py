@@ -111,7 +111,7 @@ class LazySwitch:
         threshold: float = 0.3,
         resume: float = 0.6,
         patience: int = 2,
-        return_on_drop: bool = True,
+        return_on_drop: bool = False,
         held_out: tuple[Tensor, Tensor] | None = None,
         guard: Attack | None = None,
         max_fall: float = 0.05,

@@ -223,7 +223,7 @@ class SwitchConfig:
     threshold: float = 0.3
     resume: float = 0.6
     patience: int = 2
-    return_on_drop: bool = True
+    return_on_drop: bool = False
     held_out: int = 0
     max_fall: float = 0.05
     num_steps: int = 5

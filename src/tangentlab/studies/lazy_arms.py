@@ -113,8 +113,8 @@ HALF_RIVALS = (*_rivals(1.0), "clean-first-half")
 
 def arms(tier: Tier) -> dict[str, str]:
     """Name -> overrides."""
-    fixed = "--switch.rule=fixed --switch.return_on_drop=false"
-    kernel = "--switch.rule=kernel"
+    fixed, kernel = "--switch.rule=fixed", "--switch.rule=kernel"
+    returning = f"{kernel} --switch.return_on_drop=true"
     epochs, eps = _config(tier, "").training.epochs, _config(tier, "").eps
     to = _replacements(eps)
 
@@ -129,9 +129,9 @@ def arms(tier: Tier) -> dict[str, str]:
         f"--method=trades {fixed} --switch.epoch={0.35 * epochs:g} --switch.to=trades "
         f"--switch.to.num_steps=1 --switch.to.step_size={eps}"
     )
-    found[RETURNING] = f"{PGD} {kernel} {to['stored']}"
-    found[KERNEL] = f"{found[RETURNING]} --switch.return_on_drop=false"
-    found["kernel-clean"] = f"{PGD} {kernel} {to['clean']}"
+    found[RETURNING] = f"{PGD} {returning} {to['stored']}"
+    found[KERNEL] = f"{PGD} {kernel} {to['stored']}"
+    found["kernel-clean"] = f"{PGD} {returning} {to['clean']}"
     found["kernel-clean-guarded"] = f"{found['kernel-clean']} --switch.held_out=300"
     for name, words in _rivals(eps).items():
         found[name] = f"{words} --training.epochs={_affordable(tier, words)}"
