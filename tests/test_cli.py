@@ -83,6 +83,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
         (["--seed", "null"], "seed is null"),
         (["--model.strides", "[0,1]"], "must be at least 1"),
         (["--model", ":Net"], "no import path; write package.module:Class"),
+        (["--training.warmup", 1], "training.warmup=1.0 is out of range [0, 1)"),
         (["--training.schedule", "step"], "training.schedule 'step' is unknown"),
         (["--processes", 3], "training.batch_size=40 is no multiple of processes=3"),
         (["--schema", 2], "schema 2 is unknown; this version reads 1"),

@@ -17,6 +17,8 @@ from tangentlab.data import Augmentation
 from tangentlab.errors import CheckpointError, ConfigError, DivergedError
 from tangentlab.files import read_tensors, write_tensors
 from tangentlab.randomness import generator
+from tangentlab.runs import load_config
+from tangentlab.runs.build import learning_rate
 from tangentlab.training import (
     METHODS,
     SCHEDULES,
@@ -509,6 +511,16 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path) -> None:
 )
 def test_schedules(name: str, values: list[float]) -> None:
     assert [SCHEDULES[name](p) for p in (0.0, 0.25, 0.5, 0.8)] == pytest.approx(values)
+
+
+def test_the_learning_rate_warms_up_to_its_schedule() -> None:
+    words = ["--training.learning_rate=0.2", "--training.schedule=piecewise", "--training.warmup=0.4"]
+    rate = learning_rate(load_config("digits", words), 10)
+    assert [rate(step) for step in range(10)] == pytest.approx(
+        [0.05, 0.1, 0.15, *[0.2] * 2, *[0.02] * 3, *[0.002] * 2]
+    )
+    without = learning_rate(load_config("digits", words[:2]), 10)
+    assert [without(step) for step in range(10)] == pytest.approx([*[0.2] * 5, *[0.02] * 3, *[0.002] * 2])
 
 
 def test_the_attacks_are_the_methods_settings() -> None:

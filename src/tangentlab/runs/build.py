@@ -145,7 +145,10 @@ def _dense(parameter: nn.Parameter) -> bool:
 def learning_rate(config: RunConfig, steps: int) -> Callable[[int], float]:
     """step -> learning rate of that update."""
     schedule = _schedule(config, config.training.schedule)
-    return lambda step: config.training.learning_rate * schedule(step / steps)
+    warming = max(config.training.warmup * steps, 1.0)
+    return lambda step: (
+        config.training.learning_rate * min(1.0, (step + 1) / warming) * schedule(step / steps)
+    )
 
 
 def _schedule(config: RunConfig, name: str) -> Callable[[float], float]:

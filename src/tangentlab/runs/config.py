@@ -70,6 +70,7 @@ class TrainingConfig:
         momentum: in [0, 1).
         weight_decay: added to the gradient times the weights.
         schedule: of the learning rate: constant, piecewise, cyclic, cosine, one_cycle or linear.
+        warmup: share of the training over which the learning rate rises linearly to the schedule's.
         milestones: shares of the training at which the piecewise schedule divides by 10.
         eps_schedule: of the method's eps and step_size, likewise; a thousandth of them at least.
         ema_decay: of an exponential moving average of the weights and buffers, which is then what is
@@ -85,6 +86,7 @@ class TrainingConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: str = "piecewise"
+    warmup: float = 0.0
     milestones: tuple[float, ...] = (0.5, 0.75)
     eps_schedule: str = "constant"
     ema_decay: float | None = None
@@ -103,6 +105,8 @@ class TrainingConfig:
         for name in ("schedule", "eps_schedule"):
             if getattr(self, name) not in SCHEDULES:
                 raise ConfigError(unknown_choice(f"training.{name}", getattr(self, name), SCHEDULES))
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"training.warmup={self.warmup} is out of range [0, 1)")
         if not all(0 < share < 1 for share in self.milestones):
             raise ConfigError(f"training.milestones={list(self.milestones)} is out of range (0, 1)")
         if self.keep_every is not None and not 0 < self.keep_every < math.inf:
