@@ -18,10 +18,13 @@ from typing import Any, get_args
 
 from tangentlab.records import environment
 from tangentlab.runs import Precision, load_config, train
+from tangentlab.studies.lazy_arms import WARMUP
 
 INPUTS = ("clean", "pgd")
+EPOCHS, WHOLE = 8, 15
 WATCHING = (
-    "--method=pgd --training.epochs=8 --training.schedule=constant --probe.size=0 --threads=1 "
+    f"--method=pgd --training.epochs={EPOCHS} --training.schedule=constant "
+    f"--training.warmup={WARMUP * WHOLE / EPOCHS} --probe.size=0 --threads=1 "
     "--channels_last=true --evaluation.test_num_steps=1 --evaluation.test_size=100 --evaluation.every=8 "
     "--switch.rule=kernel --switch.threshold=1e-9 --switch.resume=1"
 )

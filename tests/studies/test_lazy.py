@@ -53,10 +53,16 @@ def test_arms_have_the_cost_that_their_name_says(tier: int) -> None:
     if TIERS[tier].whole:
         assert set(lazy_arms.STORED) | set(lazy_arms.HALF_RIVALS) <= {config.name for config in runs.values()}
         usual = runs["stored-at-0.2-4"]
-        others = [runs[f"stored-at-0.2+{condition}-4"] for condition in ("slow", "weak", "narrow")]
-        assert [other.training.learning_rate for other in others] == [0.02, 0.1, 0.1]
-        assert [other.switch.to["eps"] for other in others] == [usual.eps, usual.eps / 2, usual.eps]
-        assert others[2].model["widths"] != usual.model["widths"]
+        others = [runs[f"stored-at-0.2+{condition}-4"] for condition in ("cold", "slow", "weak", "narrow")]
+        assert [other.training.warmup for other in others] == [0.0, 0.2, 0.2, 0.2]
+        assert [other.training.learning_rate for other in others] == [0.1, 0.02, 0.1, 0.1]
+        assert [other.switch.to["eps"] for other in others] == [
+            usual.eps,
+            usual.eps,
+            usual.eps / 2,
+            usual.eps,
+        ]
+        assert others[3].model["widths"] != usual.model["widths"]
 
 
 @pytest.fixture
