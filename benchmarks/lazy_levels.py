@@ -22,11 +22,12 @@ from tangentlab.studies.lazy_arms import WARMUP
 
 INPUTS = ("clean", "pgd")
 EPOCHS, WHOLE = 8, 15
+THRESHOLD = 1e-9  # never reached
 WATCHING = (
     f"--method=pgd --training.epochs={EPOCHS} --training.schedule=constant "
     f"--training.warmup={WARMUP * WHOLE / EPOCHS} --probe.size=0 --threads=1 "
     "--channels_last=true --evaluation.test_num_steps=1 --evaluation.test_size=100 --evaluation.every=8 "
-    "--switch.rule=kernel --switch.threshold=1e-9 --switch.resume=1"
+    f"--switch.rule=kernel --switch.threshold={THRESHOLD} --switch.resume=1"
 )
 SETTLED = 4.0  # epochs: from here on the velocity is called level
 
@@ -55,14 +56,16 @@ def row(seed: int, inputs: str, precision: Precision) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         record = train(load_config("fashion-mnist", words), Path(folder) / "run")
     epochs, velocity = record.series("switch/velocity")
-    level = median(v for epoch, v in zip(epochs, velocity, strict=True) if epoch > SETTLED)
+    fastest = [below / THRESHOLD for below in record.series("switch/lazy_below")[1]]  # at that learning rate
+    looks = zip(epochs, velocity, fastest, strict=True)
     return {
         "seed": seed,
         "inputs": inputs,
         "precision": precision,
-        "level": level / max(velocity),
+        "level": median(seen / most for epoch, seen, most in looks if epoch > SETTLED),
         "epochs": epochs,
         "velocity": velocity,
+        "fastest": fastest,
         "steering_seconds": record.status["steering_seconds"],
         "train_seconds": record.status["train_seconds"],
     }

@@ -75,11 +75,10 @@ def test_lazy_after_patience_and_learning_again_with_hysteresis() -> None:
 
 
 def test_a_fallen_learning_rate_ends_the_lazy_stage_until_the_kernel_is_slow_for_it() -> None:
-    # At a tenth of the rate the fastest counts as 0.32 of what it was: 0.1 is more than half of it.
+    # At a tenth of the rate the fastest counts as 0.32 of what it was: an eighth is more than 0.3 of that.
     angles = [0, FAST, SLOW, SLOW, SLOW, FAST / 8, SLOW / 2, SLOW / 2]
     rates = [RATE] * 4 + [RATE / 10] * 4
     one = switch(patience=1, return_on_drop=True)
-    # At the drop the velocity is the old rate's: it is held against nothing.
     assert turned(Turning(), one, angles, rates) == "ffccffcc"
     assert one.looks[4].reason == "the learning rate fell from 0.1 to 0.01"
     assert one.looks[5].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY * 0.1**0.5, rel=1e-4)
@@ -88,6 +87,26 @@ def test_a_fallen_learning_rate_ends_the_lazy_stage_until_the_kernel_is_slow_for
     assert staying.looks[5].values == one.looks[5].values
     smooth = [RATE * (1 - k / 10) for k in range(8)]
     assert turned(Turning(), switch(patience=1, return_on_drop=True), angles, smooth) == "ffcccccc"
+
+
+def test_a_rate_that_warms_up_does_not_hide_how_fast_the_kernel_was() -> None:
+    # The angle belongs to the rate before the look: half as fast at sixteen times the rate is an eighth.
+    angles, rates = [0, FAST, FAST / 2], [RATE / 16, RATE, RATE]
+    assert turned(Turning(), one := switch(patience=1), angles, rates) == "ffc"
+    assert one.looks[2].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY * 4, rel=1e-4)
+    assert turned(Turning(), switch(patience=1), angles) == "fff"  # without rates
+
+
+def test_the_rate_of_a_look_is_the_mean_of_its_steps() -> None:
+    model, one = Turning(), switch(patience=1)
+    for step in range(EVERY):
+        one(model, step, learning_rate=RATE * (1 + step % 2))
+    model.turn(FAST)
+    one(model, EVERY, learning_rate=RATE)
+    for step in range(EVERY + 1, 2 * EVERY):
+        one(model, step, learning_rate=RATE)
+    one(model, 2 * EVERY)
+    assert one.looks[2].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY / 1.5**0.5, rel=1e-4)
 
 
 def test_a_fixed_step_measures_no_kernel() -> None:

@@ -61,15 +61,16 @@ class LazySwitch:
     """Answers "full" or "cheap": whether the next examples need the full attack.
 
     It begins with "full". By the kernel, with v the angle a step that the class kernels turned between two
-    looks and v* the fastest so far:
+    looks, η the mean learning rate of these steps and u* the largest v/√η so far:
 
-    - full → cheap where v < ``threshold``·v* at ``patience`` looks in a row: the lazy stage;
-    - cheap → full where v > ``resume``·v* at ``patience`` looks in a row: the kernel learns again;
+    - full → cheap where v < ``threshold``·u*·√η at ``patience`` looks in a row: the lazy stage;
+    - cheap → full where v > ``resume``·u*·√η at ``patience`` looks in a row: the kernel learns again;
     - with ``return_on_drop``, cheap → full at the look after the learning rate fell to half or less from one
-      call to the next: call at every step. Smooth schedules fall so at their last steps alone.
+      call to the next. Smooth schedules fall so at their last steps alone.
 
-    Where the rate fell from η to η' so, v* goes on as v*·√(η'/η) and the look counts for nothing: steps that
-    jitter about a point turn the kernel in proportion to the root, and are not to look lazy for it.
+    The root, since steps that jitter about a point turn the kernel in proportion to it: a rate that warms up
+    is not to hide how fast the kernel was, nor one that falls to make it look lazy. Call at every step, with
+    the rate; without one η is 1.
 
     A kernel that cannot be measured (a network that has died has none) says nothing; the rest goes on.
 
@@ -139,11 +140,12 @@ class LazySwitch:
             x, y, inputs={self._inputs: attack}, kinds="class", seed=seed, sketch=sketch, memory=memory
         )
         self._held_out = held_out and (held_out[0].detach().clone(), held_out[1].detach().clone())
-        self._fastest = 0.0  # velocity
+        self._fastest = 0.0  # velocity over the root of the learning rate
         self._row = 0  # looks in a row that speak for the other phase
         self._best = 0.0  # robust accuracy since the switch
         self._rate = 0.0  # of learning, at the last call
         self._fell_from = 0.0  # the rate before it first fell since the last look
+        self._summed, self._calls = 0.0, 0  # the rates of the calls since the last look
         self._classes = 0  # as the first kernel has them
         self._returned = False
 
@@ -159,13 +161,19 @@ class LazySwitch:
             ConfigError: the step does not follow the last look's.
         """
         values: dict[str, float] = {}
-        error = None
         if learning_rate is not None:
             if learning_rate <= DROP * self._rate * (1 + 1e-9):
                 self._fell_from = self._fell_from or self._rate
             self._rate = values["learning_rate"] = learning_rate
-        if not self.due(step):
-            return self.phase
+        if self.due(step):
+            self._look(model, step, values)
+        if learning_rate is not None:  # of the step to come
+            self._summed, self._calls = self._summed + learning_rate, self._calls + 1
+        return self.phase
+
+    def _look(self, model: nn.Module, step: int, values: dict[str, float]) -> None:
+        """Measure, decide, and keep both."""
+        error = None
         if self.at is None:
             try:
                 values |= self._kernel(model, step)
@@ -184,32 +192,35 @@ class LazySwitch:
                 values |= self._held_out_accuracy(model)
                 self._best = values.get("robust_accuracy", 0.0)
         self._fell_from = 0.0
+        if error is None:  # else the next velocity is from the look before on
+            self._summed, self._calls = 0.0, 0
         self.looks.append(Look(step, self.phase, reason, values, error))
-        return self.phase
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed switch needs, as plain tensors; the looks so far are the caller's to keep."""
-        counts = (self.cost, self.patience, self._row, self._classes, self._returned)
-        place = [PHASES.index(self.phase), self._fastest, self._best, self._rate, self._fell_from, *counts]
+        counts = (self.cost, self.patience, self._row, self._classes, self._returned, self._calls)
+        rates = (self._rate, self._fell_from, self._summed)
+        place = [PHASES.index(self.phase), self._fastest, self._best, *rates, *counts]
         state = {f"probe/{name}": tensor for name, tensor in self._probe.state_dict().items()}
         return {**state, "place": torch.tensor(place, dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state_dict`."""
-        phase, self._fastest, self._best, self._rate, self._fell_from, *counts = state["place"].tolist()
+        phase, self._fastest, self._best, *rest = state["place"].tolist()
         self.phase = PHASES[int(phase)]
-        self.cost, self.patience, self._row, self._classes, returned = map(int, counts)
+        self._rate, self._fell_from, self._summed, *counts = rest
+        self.cost, self.patience, self._row, self._classes, returned, self._calls = map(int, counts)
         self._returned = bool(returned)
         self._probe.load_state_dict(under(state, "probe/"))
 
     def _decide(self, step: int, values: dict[str, float]) -> str | None:
         """Why the phase changes now, or None; the levels that the evidence is held against join it."""
-        velocity, fell = values.get("velocity"), self._fell_from > 0
-        if fell:  # what was measured is of before
-            self._fastest *= math.sqrt(self._rate / self._fell_from)
-            self._row, velocity = 0, None
-        self._fastest = max(self._fastest, velocity or 0.0)
-        low, high = self.threshold * self._fastest, self.resume * self._fastest
+        velocity = values.get("velocity")
+        rate = self._summed / self._calls if self._calls else self._rate or 1.0
+        root = math.sqrt(rate)
+        if velocity is not None and root > 0:
+            self._fastest = max(self._fastest, velocity / root)
+        low, high = self.threshold * self._fastest * root, self.resume * self._fastest * root
         if velocity is not None:
             values |= {"lazy_below": low, "learning_above": high}
             self._row = self._row + 1 if (velocity < low if self.phase == FULL else velocity > high) else 0
@@ -217,7 +228,7 @@ class LazySwitch:
             if self.at is None:
                 return f"the kernel's velocity fell below {low:.3g}" if self._row >= self.patience else None
             return f"step {self.at} is reached" if step >= self.at and not self._returned else None
-        if fell and self.return_on_drop:
+        if self._fell_from and self.return_on_drop:
             return f"the learning rate fell from {self._fell_from:g} to {self._rate:g}"
         if "robust_accuracy" in values:
             robust = values["robust_accuracy"]

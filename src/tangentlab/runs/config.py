@@ -207,8 +207,7 @@ class SwitchConfig:
         every: epochs between looks; fractions are allowed.
         size: class-balanced training examples whose kernel is watched.
         inputs: what it is watched on, clean or pgd.
-        threshold: lazy below this share of the fastest velocity, which goes with the root of a learning rate
-            that falls.
+        threshold: lazy below this share of the fastest velocity, both over the root of the learning rate.
         resume: learning again above this share.
         patience: looks in a row.
         return_on_drop: come back where the learning rate falls to half or less from one step to the next.
