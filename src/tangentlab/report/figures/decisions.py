@@ -28,8 +28,9 @@ def decisions(runs: Sequence[Subject]) -> Figure:
         title="What the switch decided",
         caption="Shaded where the cheaper method trained. Above, the velocity of the switch's own probe: the "
         "cheap phase begins where it stays below the dashed level and ends where it stays above the dotted "
-        "one, or, if asked, where the learning rate falls. Robust accuracy on held-out points is the safety net: the "
-        "phase ends where it falls below the dotted level. That on the validation split decides nothing.",
+        "one, or, if asked, where the learning rate falls. Robust accuracy on held-out points is the safety "
+        "net: the phase ends where it falls below the dotted level. That on the validation split decides "
+        "nothing.",
         finding=conclude(
             "a change of method where the kernel has become lazy, without a fall of robust accuracy after it",
             [(run, _sentence(run)) for run in switched],
