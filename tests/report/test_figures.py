@@ -13,7 +13,19 @@ from planted import Report
 from tangentlab.metrics import kernel_distance
 from tangentlab.records import Measurement, Run, read_run
 from tangentlab.report import figures, write_report
-from tangentlab.report.figure import Axis, Figure, Line, LinePanel, MatrixPanel, Span, View, y_limits
+from tangentlab.report.figure import (
+    Axis,
+    DotPanel,
+    Dots,
+    Figure,
+    Line,
+    LinePanel,
+    MatrixPanel,
+    Span,
+    View,
+    dot_limits,
+    y_limits,
+)
 from tangentlab.report.subject import Subject, subjects
 from tangentlab.report.table import what
 
@@ -296,3 +308,13 @@ def test_accuracies_have_all_of_their_range_but_as_points() -> None:
     assert limits() == (-0.02, 1.02)
     low, high = limits("one", "another")
     assert 0.69 < low < 0.7 < 0.75 < high < 0.76
+
+
+def test_no_interval_shows_less_than_nothing_or_more_than_all() -> None:
+    def limits(quantity: Axis) -> tuple[float, float]:
+        dots = Dots("some", 0, 0, {"3": 0.1, "4": 0.9}, 0.5, (-0.6, 1.6))
+        panel = DotPanel("", quantity, Axis("method"), ("pgd",), (dots,))
+        return dot_limits(Figure("key", "", "", views=(View("", (panel,)),)), panel)
+
+    assert limits(Axis("accuracy", percent=True)) == pytest.approx((-0.05, 1.05))
+    assert limits(Axis("distance")) == pytest.approx((-0.6 - 0.11, 1.6 + 0.11))

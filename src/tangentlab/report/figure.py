@@ -231,7 +231,7 @@ def x_limits(figure: Figure, panel: LinePanel) -> tuple[float, float]:
     panels = [p for p in figure.panels if isinstance(p, LinePanel) and p.x_axis == panel.x_axis]
     values = [x for p in panels for line in p.lines for x in line.x]
     if any(line.labels for p in panels for line in p.lines):
-        return _limits(values, [], log=panel.x_axis.log)
+        return _limits(values, [], panel.x_axis)
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
@@ -245,18 +245,22 @@ def y_limits(figure: Figure, panel: LinePanel) -> tuple[float, float]:
     curves = not any(line.labels for line in lines)
     if curves and panel.y_axis.percent and min(values) >= 0 and max(values) <= 1:
         return -0.02, 1.02
-    return _limits(values, [y for line in lines for y in (*line.low, *line.high)], log=panel.y_axis.log)
+    return _limits(values, [y for line in lines for y in (*line.low, *line.high)], panel.y_axis)
 
 
 def dot_limits(figure: Figure, panel: DotPanel) -> tuple[float, float]:
     """Range of all panels with the same x axis, with a little air."""
     dots = [d for p in figure.panels if isinstance(p, DotPanel) and p.x_axis == panel.x_axis for d in p.dots]
     values = [x for d in dots for x in (*d.values.values(), d.mean)]
-    return _limits(values, [x for d in dots for x in d.interval or ()], log=panel.x_axis.log)
+    return _limits(values, [x for d in dots for x in d.interval or ()], panel.x_axis)
 
 
-def _limits(values: Sequence[float], ends: Sequence[float], *, log: bool) -> tuple[float, float]:
-    """All values, and of their intervals' ends what lies within once their range: two seeds' are endless."""
+def _limits(values: Sequence[float], ends: Sequence[float], axis: Axis) -> tuple[float, float]:
+    """All values, and of their intervals' ends what lies within once their range: two seeds' are endless.
+    Of shares nothing beyond 0 and 1."""
+    log = axis.log
+    if axis.percent and min(values) >= 0 and max(values) <= 1:
+        ends = [min(max(end, 0.0), 1.0) for end in ends]
     if log:
         values, ends = [math.log10(v) for v in values], [math.log10(e) for e in ends]
     low, high = min(values), max(values)
