@@ -115,6 +115,20 @@ def test_what_it_sees_is_the_share_and_the_model_stays() -> None:
     assert one.looks[2].pooled == pytest.approx(sum(inners) / sum(squares), rel=1e-5)
 
 
+def test_a_look_may_have_another_eps() -> None:
+    model, one, half = network(), alarm(), tl.OverfittingAlarm(X, Y, eps=0.05)
+    for step, eps in enumerate((0.05, 0.1, None)):
+        one.update(model, step, eps=eps)
+        half.update(model, step)
+    shares = [[look.share for look in seen.looks] for seen in (one, half)]
+    assert shares[0][0] == shares[1][0]
+    assert shares[0][1] != shares[1][1]
+    plain = alarm()
+    for step in range(3):
+        plain.update(model, step)
+    assert shares[0][1:] == [look.share for look in plain.looks][1:]
+
+
 def test_examples_are_its_own() -> None:
     x = X.clone()
     one = tl.OverfittingAlarm(x, Y, eps=0.1)
@@ -134,6 +148,8 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ConfigError, match="label 2"):
         tl.OverfittingAlarm(X, Y, eps=0.1).update(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 0)
     one, frozen = alarm(), network()
+    with pytest.raises(ConfigError, match="eps=8"):
+        one.update(network(), 10, eps=8)
     one.update(network(), 10)
     with pytest.raises(ConfigError, match="step=10 does not follow"):
         one.update(network(), 10)

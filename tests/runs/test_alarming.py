@@ -116,6 +116,20 @@ def test_while_it_is_raised_the_other_method_trains_and_all_is_counted(
     assert record.status["steering_seconds"] > 0
 
 
+def test_looks_are_at_the_eps_of_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crafted, seen = overfitting_alarm.one_and_two_steps, []
+
+    def watched(*args: Any, eps: float) -> Any:
+        seen.append(eps)
+        return crafted(*args, eps=eps)
+
+    monkeypatch.setattr(overfitting_alarm, "one_and_two_steps", watched)
+    config = single_step("--method=fgsm", *LOOKS, "--training.eps_schedule=linear", "--eps=0.2")
+    train(config, tmp_path / "run")
+    # Nine steps; a thousandth at the first.
+    assert seen == pytest.approx([0.0002, *(0.2 * min(1, 2 * step / 9) for step in range(1, 9))])
+
+
 @pytest.mark.parametrize("average", [(), ("--training.ema_decay=0.9",)])
 def test_training_goes_back_to_the_weights_before_each_alarm(
     planted: Callable[[Sequence[float]], None],

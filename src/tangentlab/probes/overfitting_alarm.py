@@ -82,18 +82,23 @@ class OverfittingAlarm:
         self._part = 0  # of the examples, at the next look
         self._products: list[tuple[float, float]] = []  # ⟨g_F, g_P⟩ and ‖g_P‖² of the last looks
 
-    def update(self, model: nn.Module, step: int) -> bool:
+    def update(self, model: nn.Module, step: int, *, eps: float | None = None) -> bool:
         """Look at the model; whether the alarm is raised. A network that has died changes nothing.
 
+        Args:
+            eps: the radius that is trained in at this step, where it follows a schedule.
+
         Raises:
-            ConfigError: the step does not follow the last look's.
+            ConfigError: the step does not follow the last look's; eps is out of range.
             KernelError: no parameter requires a gradient.
         """
         if step <= self._step:
             raise ConfigError(f"step={step} does not follow the last look's, {self._step}")
+        if eps is not None:
+            check_eps(eps)
         x, y = (part.tensor_split(POOLED)[self._part] for part in watched.placed(model, self.x, self.y))
         with watched.seen_plainly(model, x.device):
-            crafted = one_and_two_steps(model, x, y, eps=self.eps)
+            crafted = one_and_two_steps(model, x, y, eps=self.eps if eps is None else eps)
             inner, of_one, square = update_products(model, *crafted, y)
         self.cost += COST * len(x)
         self._step, self._part = step, (self._part + 1) % POOLED

@@ -27,7 +27,8 @@ from tangentlab.training import (
 
 @dataclass
 class Alarming:
-    """Looks every ``every`` steps; while the alarm is raised ``instead`` makes the steps, where there is one.
+    """Looks every ``every`` steps, at the eps of the step; while the alarm is raised ``instead`` makes the
+    steps, where there is one.
 
     Each time that the alarm is raised the weights of the last quiet look are kept as a checkpoint, in the
     place of those kept before, and the user is told. With ``restore`` training also goes back to that look.
@@ -37,6 +38,7 @@ class Alarming:
 
     alarm: OverfittingAlarm
     every: int
+    eps: Callable[[int], float]
     quiet: Controller
     instead: Callable[[int], Method] | None
     restore: bool
@@ -78,7 +80,7 @@ class Alarming:
         check_parameters(state)
         before, quiet = self.alarm.cost, not self.alarm.raised
         with timed(state, "probe" if self.instead is None else "steering"):
-            raised = self.alarm.update(state.model, state.step)
+            raised = self.alarm.update(state.model, state.step, eps=self.eps(state.step))
         if self.instead is not None:
             state.steering += (self.alarm.cost - before) / self.batch_size
         look = self.alarm.looks[-1]

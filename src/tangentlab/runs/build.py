@@ -171,17 +171,22 @@ def method_schedule(config: RunConfig, steps: int, *, other: bool = False) -> Ca
         raise ConfigError(
             f"training.eps_schedule={config.training.eps_schedule!r}, but method {name!r} has no eps"
         )
-    schedule = _schedule(config, config.training.eps_schedule)
+    factor = eps_factor(config, steps)
 
     def at(step: int) -> Method:
-        factor = max(schedule(step / steps), 1e-3)
         sizes = {name: getattr(method, name, None) for name in ("eps", "step_size")}
         changed: Method = replace(
-            method, **{name: factor * size for name, size in sizes.items() if size is not None}
+            method, **{name: factor(step) * size for name, size in sizes.items() if size is not None}
         )
         return changed
 
     return at
+
+
+def eps_factor(config: RunConfig, steps: int) -> Callable[[int], float]:
+    """step -> what eps and the step size are multiplied by."""
+    schedule = _schedule(config, config.training.eps_schedule)
+    return lambda step: max(schedule(step / steps), 1e-3)
 
 
 def build_attack(config: RunConfig, *, num_steps: int, num_restarts: int = 1) -> PGD:

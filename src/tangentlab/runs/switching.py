@@ -12,6 +12,7 @@ from tangentlab.runs.build import (
     Examples,
     build_alarm,
     build_switch,
+    eps_factor,
     learning_rate,
     method_schedule,
 )
@@ -89,9 +90,11 @@ def build_controller(
         )
     if config.alarm.every is None:
         return controller
+    radius = eps_factor(config, steps)
     return Alarming(
         build_alarm(config, examples),
         config.alarm.every,
+        lambda step: config.eps * radius(step),
         controller,
         other if rule == "alarm" else None,
         config.alarm.restore,
