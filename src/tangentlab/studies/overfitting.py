@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +31,7 @@ from tangentlab import data
 from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
-from tangentlab.runs.build import build_data, build_model, resolve_device
+from tangentlab.runs.build import build_data, build_model, eps_factor, resolve_device
 from tangentlab.runs.evaluation import kept_checkpoints
 from tangentlab.runs.parsing import STEERING_ALARM
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, judge_share
@@ -142,18 +142,20 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     # Disjoint.
     sets = data.class_balanced(examples.train.labels, 2 * size, seed=config.seed).split(size)
     first, second = ((examples.train.x(i, device), examples.train.labels[i].to(device)) for i in sets)
-    pooled = PooledSignals(*first, config)
+    pooled = PooledSignals(*first, eps=config.eps)
+    radius = eps_factor(config, round(run["steps_per_epoch"] * config.training.epochs))
     for look, (number, path) in enumerate(kept_checkpoints(folder).items()):
         at = load_weights(path, model)["extra"]["epoch"]
         if run["collapse"] is not None and at > run["collapse"] + AFTERWARDS:
             break
         for what, points in {"signals": first, **({} if look % AGAIN else {"again": second})}.items():
             seen: dict[str, float] = {}
+            here = replace(config, eps=config.eps * radius(number))  # as it is trained in
             for name, take in (("cheap", cheap_signals), ("full", full_signals)):
                 begun = time.perf_counter()
-                seen |= take(model, *points, config)
+                seen |= take(model, *points, here)
                 seen[f"{name}_seconds"] = time.perf_counter() - begun
-            seen |= pooled.look(model, number) if what == "signals" else {}
+            seen |= pooled.look(model, number, here) if what == "signals" else {}
             rounded = {name: float(f"{value:.4g}") for name, value in seen.items()}
             yield {"what": what, "eps": config.eps, "step": number, "epoch": at, **rounded}
 

@@ -107,9 +107,9 @@ class PooledSignals:
     """The shipped alarm's share, and rivals pooled in the same way: each look takes the next third of the
     examples, and the last three count together, a ratio as that of the sums."""
 
-    def __init__(self, x: Tensor, y: Tensor, config: RunConfig) -> None:
+    def __init__(self, x: Tensor, y: Tensor, *, eps: float) -> None:
         n = POOLED * (BUDGET // COSTS[f"cheap/{POOLED_SHARE}"])
-        self.alarm = OverfittingAlarm(x[:n], y[:n], eps=config.eps)
+        self.alarm = OverfittingAlarm(x[:n], y[:n], eps=eps)
         self.parts = {
             name: list(
                 zip(*(part[: POOLED * (BUDGET // cost)].tensor_split(POOLED) for part in (x, y)), strict=True)
@@ -117,12 +117,11 @@ class PooledSignals:
             for name, cost in POOLED_RIVALS.items()
         }
         self.looks: list[dict[str, tuple[float, float]]] = []
-        self.config = config
 
-    def look(self, model: nn.Module, step: int) -> dict[str, float]:
-        self.alarm.update(model, step)
+    def look(self, model: nn.Module, step: int, config: RunConfig) -> dict[str, float]:
+        self.alarm.update(model, step, eps=config.eps)
         points = {name: parts[len(self.looks) % POOLED] for name, parts in self.parts.items()}
-        self.looks.append(self._seen(model, points))
+        self.looks.append(self._seen(model, points, config))
         found = {}
         if (share := self.alarm.looks[-1].pooled) is not None:
             found[f"cheap/{POOLED_SHARE}"] = share
@@ -133,12 +132,12 @@ class PooledSignals:
         return found
 
     def _seen(
-        self, model: nn.Module, points: Mapping[str, tuple[Tensor, Tensor]]
+        self, model: nn.Module, points: Mapping[str, tuple[Tensor, Tensor]], config: RunConfig
     ) -> dict[str, tuple[float, float]]:
         """Each as a numerator and a denominator."""
-        eps, seed = self.config.eps, self.config.seed
+        eps, seed = config.eps, config.seed
         x, y = points["pooled_loss_ratio"]
-        inputs = _inputs(model, x, y, self.config)
+        inputs = _inputs(model, x, y, config)
         of_one, of_several = _losses(model, inputs["fgsm"], inputs["pgd"], y)
         gap = fgsm_pgd_gap(model, *points["pooled_fgsm_pgd2_gap"], eps=eps, num_steps=2, seed=seed)
         gradients = gradient_signals(model, *points["pooled_gradient_cosine"], eps=eps, seed=seed)
