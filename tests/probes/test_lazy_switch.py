@@ -101,6 +101,11 @@ def test_the_rate_of_a_look_is_the_mean_of_its_steps() -> None:
     model, one = Turning(), switch(patience=1)
     for step in range(EVERY):
         one(model, step, learning_rate=RATE * (1 + step % 2))
+        if step == EVERY // 2:  # resumed between looks
+            state, looks = one.state_dict(), one.looks
+            one = switch(patience=1)
+            one.load_state_dict(state)
+            one.looks = looks
     model.turn(FAST)
     one(model, EVERY, learning_rate=RATE)
     for step in range(EVERY + 1, 2 * EVERY):

@@ -70,7 +70,7 @@ class LazySwitch:
 
     The root, since steps that jitter about a point turn the kernel in proportion to it: a rate that warms up
     is not to hide how fast the kernel was, nor one that falls to make it look lazy. Call at every step, with
-    the rate; without one η is 1.
+    the rate; where none was ever given η is 1.
 
     A kernel that cannot be measured (a network that has died has none) says nothing; the rest goes on.
 

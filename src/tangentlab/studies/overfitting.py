@@ -148,9 +148,9 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
         at = load_weights(path, model)["extra"]["epoch"]
         if run["collapse"] is not None and at > run["collapse"] + AFTERWARDS:
             break
+        here = replace(config, eps=config.eps * radius(number))  # that the step trains in
         for what, points in {"signals": first, **({} if look % AGAIN else {"again": second})}.items():
             seen: dict[str, float] = {}
-            here = replace(config, eps=config.eps * radius(number))  # as it is trained in
             for name, take in (("cheap", cheap_signals), ("full", full_signals)):
                 begun = time.perf_counter()
                 seen |= take(model, *points, here)
