@@ -2,7 +2,7 @@
 
     python benchmarks/findings.py [STUDY ...]      # such as runs/gap, where tangentlab study put it
 
-Of each study the configuration, the raw values (packed where they are large) and the verdicts are kept, with
+Of each study the configurations, the raw values (packed where they are large) and the verdicts are kept, with
 the last command that measured some of them, but for its folder, and its environment.
 All studies there are judged anew from their raw values. With --unfinished the values go to results/unfinished
 instead and nothing is judged: tangentlab study, given a copy of that folder as --out, goes on from them.
@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from tangentlab.files import json_bytes
-from tangentlab.records import read_values
+from tangentlab.records import read_configs, read_values
 from tangentlab.studies import judge_study, ledger, of_source
 from tangentlab.studies.claims import PAPER
 from tangentlab.studies.study import load_study
@@ -59,18 +59,27 @@ def take(folder: Path, into: Path) -> str:
     out = into / f"{config['study']}-tier{config['tier']}"
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    plain, packed = out / "values.jsonl", out / "values.jsonl.gz"
-    plain.unlink(missing_ok=True)
-    packed.unlink(missing_ok=True)
-    if len(content) < LARGE:
-        plain.write_bytes(content)
-    else:
-        packed.write_bytes(gzip.compress(content, mtime=0))
+    write_lines(out / "values.jsonl", lines)
+    configs = read_configs(folder)
+    write_lines(
+        out / "configs.jsonl", [{"run": run, "config": configs[run]} for run in order if run in configs]
+    )
     there = json.loads((folder / "study.json").read_bytes())["environment"]
     there["command"] = re.sub(r" --out \S+", "", there["command"])
     (out / "study.json").write_bytes(json_bytes({"environment": there}))
     return f"{out}: seeds {config['seeds']}, {len(lines)} values"
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """In place of those there, packed where they are large; no file where there are none."""
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    packed = path.with_name(f"{path.name}.gz")
+    path.unlink(missing_ok=True)
+    packed.unlink(missing_ok=True)
+    if len(content) >= LARGE:
+        packed.write_bytes(gzip.compress(content, mtime=0))
+    elif content:
+        path.write_bytes(content)
 
 
 def judge(folder: Path) -> dict[str, Any]:

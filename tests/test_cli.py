@@ -169,7 +169,7 @@ def test_a_folder_that_exists_is_refused_and_untouched(fails: Fails, tmp_path: P
     assert main(["train", "digits", *TINY, "--training.epochs=1", "--out", str(out)]) == 0
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert "exists; give another --out, or --resume" in fails("train", "digits", *TINY, "--out", out)
-    message = "was run with training="
+    message = "was run with training.epochs=1, not 2"
     assert message in fails("train", "digits", *TINY, "--training.epochs=2", "--out", out, "--resume")
     after = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert before == after

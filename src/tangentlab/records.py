@@ -333,7 +333,15 @@ def read_study(folder: str | Path) -> StudyRecord:
 
 def read_values(folder: Path) -> list[dict[str, Any]]:
     """A study's raw values, as far as they were measured: values.jsonl.gz, if there, then values.jsonl."""
-    return [line for name in ("values.jsonl.gz", "values.jsonl") for line in _read_lines(folder / name)]
+    return _read_packed(folder, "values.jsonl")
+
+
+def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Run key -> configuration of the runs that a study measured, from configs.jsonl.gz and configs.jsonl.
+
+    Older studies did not write them.
+    """
+    return {line["run"]: line["config"] for line in _read_packed(folder, "configs.jsonl")}
 
 
 def kernel_path(folder: Path, step: int) -> Path:
@@ -426,6 +434,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         return {"message": f"{path.name} cannot be read: {_one_line(error)}"}
     return value if isinstance(value, dict) else {"message": f"{path.name} holds no JSON object"}
+
+
+def _read_packed(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Lines that were packed, if any were, then those that were added."""
+    return [line for path in (folder / f"{name}.gz", folder / name) for line in _read_lines(path)]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

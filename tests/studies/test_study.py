@@ -14,7 +14,7 @@ import pytest
 
 from tangentlab.cli import main
 from tangentlab.errors import ConfigError, RunFolderError, TangentlabError
-from tangentlab.records import read_run
+from tangentlab.records import read_configs, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig
 from tangentlab.runs.display import ProgressDisplay
@@ -103,13 +103,49 @@ def test_values_alone_are_gone_on_with(measured: list[str], tmp_path: Path, pack
     run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
     shutil.rmtree(tmp_path / "runs")
     if packed:
-        values = tmp_path / "values.jsonl"
-        (tmp_path / "values.jsonl.gz").write_bytes(gzip.compress(values.read_bytes()))
-        values.unlink()
+        pack(tmp_path)
     found = run_study("evolution", tmp_path, tier=0, seeds=[0, 1, 2])
     assert measured == ["tiny-0", "tiny-1", "tiny-2"]
     assert [run.name for run in (tmp_path / "runs").iterdir()] == ["tiny-2"]
     assert len(found["claims"][0]["values"]) == 3
+
+
+def pack(folder: Path) -> None:
+    for name in ("values.jsonl", "configs.jsonl"):
+        (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_of_runs_that_were_trained_otherwise_are_refused(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packed: bool
+) -> None:
+    study = module.load_study("evolution")
+    run_study("evolution", tmp_path, tier=0, seeds=[0])
+    shutil.rmtree(tmp_path / "runs")
+    if packed:
+        pack(tmp_path)
+
+    def runs(tier: int, seeds: Sequence[int]) -> Mapping[str, RunConfig]:
+        longer = {"training": replace(study.runs(tier, [0])["tiny-0"].training, epochs=5)}
+        return {key: replace(config, **longer) for key, config in study.runs(tier, seeds).items()}
+
+    monkeypatch.setattr(module, "load_study", lambda name: replace(study, runs=runs))
+    before = read_values(tmp_path)
+    with pytest.raises(ConfigError, match=r"tiny-0 was run with training.epochs=\d, not 5; give another"):
+        run_study("evolution", tmp_path, tier=0, seeds=[1, 0])
+    assert measured == ["tiny-0"]
+    assert read_values(tmp_path) == before
+
+
+def test_values_that_do_not_say_what_they_were_trained_with_are_gone_on_with(
+    measured: list[str], tmp_path: Path
+) -> None:
+    run_study("evolution", tmp_path, tier=0, seeds=[0])
+    (tmp_path / "configs.jsonl").unlink()
+    run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
+    assert measured == ["tiny-0", "tiny-1"]
+    assert list(read_configs(tmp_path)) == ["tiny-1"]
 
 
 def test_packed_values_that_were_cut_are_named(tmp_path: Path) -> None:

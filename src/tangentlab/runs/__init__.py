@@ -5,7 +5,7 @@ from tangentlab.runs.evaluation import evaluate
 from tangentlab.runs.many import BACKENDS, Outcome, check_outcomes, train_many
 from tangentlab.runs.parsing import load_config, resolve, shipped_configs
 from tangentlab.runs.processes import is_first_process
-from tangentlab.runs.run import train
+from tangentlab.runs.run import check_same, train
 
 __all__ = [
     "BACKENDS",
@@ -13,6 +13,7 @@ __all__ = [
     "Precision",
     "RunConfig",
     "check_outcomes",
+    "check_same",
     "evaluate",
     "is_first_process",
     "load_config",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -300,7 +300,7 @@ def _open(folder: Path, config: RunConfig, resume: bool, allow_import: Iterable[
         return Run.create(folder, config.to_dict())
     run = Run.open(folder)
     try:
-        _check_same(read_run(folder).config, config, folder, allow_import)
+        check_same(read_run(folder).config, config, folder, allow_import=allow_import)
     except BaseException:
         run.close()
         raise
@@ -309,29 +309,46 @@ def _open(folder: Path, config: RunConfig, resume: bool, allow_import: Iterable[
 
 def is_finished(folder: Path, config: RunConfig, *, allow_import: Iterable[str] = ()) -> bool:
     """Whether the folder holds the run of this configuration, trained and evaluated to its end."""
+    allow = list(allow_import)
     try:
         record = read_run(folder)
-        _check_same(record.config, resolve(config.to_dict(), allow_import=allow_import), folder, allow_import)
+        check_same(record.config, resolve(config.to_dict(), allow_import=allow), folder, allow_import=allow)
     except TangentlabError:
         return False
     return record.state == "finished"
 
 
-def _check_same(saved: dict[str, Any], config: RunConfig, folder: Path, allow_import: Iterable[str]) -> None:
-    """A resumed run is the same run: the first setting that differs is named.
+def check_same(
+    saved: Mapping[str, Any], config: RunConfig, folder: Path, *, allow_import: Iterable[str] = ()
+) -> None:
+    """What is gone on with is the same run: the first setting that differs is named.
 
-    A setting younger than the folder has its default.
+    A setting younger than ``saved``, what the folder was run with, has its default.
+
+    Raises:
+        ConfigError: a setting differs, or ``saved`` is no configuration.
     """
+    if saved == config.to_dict():
+        return
     try:
-        saved = resolve(saved, allow_import=allow_import).to_dict()
+        before = _settings(resolve(saved, allow_import=allow_import).to_dict())
     except TangentlabError as error:
-        raise ConfigError(f"{folder}/config.yaml: {error}") from error
-    own = config.to_dict()
-    for key in sorted({*saved, *own}):
-        if saved.get(key) != own.get(key):
+        raise ConfigError(f"{folder} was run with another configuration: {error}") from error
+    own = _settings(config.to_dict())
+    for key in sorted({*before, *own}):
+        if before.get(key) != own.get(key):
             raise ConfigError(
-                f"{folder} was run with {key}={saved.get(key)!r}, not {own.get(key)!r}; give another --out"
+                f"{folder} was run with {key}={before.get(key)!r}, not {own.get(key)!r}; give another --out"
             )
+
+
+def _settings(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """By dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = _settings(value, f"{above}{key}.") if isinstance(value, Mapping) else {}
+        found |= inner or {f"{above}{key}": value}
+    return found
 
 
 def _write_end(run: Run, error: BaseException) -> None:

@@ -2,6 +2,7 @@
 
 STUDY/config.yaml   name, tier, seeds, precision     STUDY/runs/KEY/   the runs
 STUDY/values.jsonl  raw values, each with its run, method and seed; earlier ones in values.jsonl.gz, if there
+STUDY/configs.jsonl what each measured run was trained with; likewise
 STUDY/study.json    the claims with their verdicts, a function of values.jsonl alone, and the figures to draw
 """
 
@@ -21,9 +22,9 @@ from joblib import Parallel, delayed
 
 from tangentlab.errors import ConfigError, RunFolderError, unknown_choice
 from tangentlab.files import finite, json_bytes, write_atomic
-from tangentlab.records import SCHEMA, environment, read_values
+from tangentlab.records import SCHEMA, environment, read_configs, read_values
 from tangentlab.report.values import ValueFigure
-from tangentlab.runs import Outcome, Precision, RunConfig, check_outcomes, train_many
+from tangentlab.runs import Outcome, Precision, RunConfig, check_outcomes, check_same, train_many
 from tangentlab.runs.hooks import Display
 from tangentlab.studies.claims import Claim, Verdict
 
@@ -97,7 +98,8 @@ def run_study(
     for processors with instructions for it.
 
     Raises:
-        ConfigError: an unknown study, tier, run or precision, or ``out`` holds another study.
+        ConfigError: an unknown study, tier, run or precision, or ``out`` holds another study, or values of
+            runs that were trained otherwise.
         InterruptedRunError: Ctrl-C; the same call goes on.
         TangentlabError: runs failed; the others are measured.
     """
@@ -116,14 +118,20 @@ def run_study(
         if wanted not in there:
             raise ConfigError(unknown_choice("run", wanted, there))
     _claim_folder(folder, study, tier, seeds, precision)
-    known = {line["run"] for line in read_values(folder)}
-    outcomes: list[Outcome] = []
-    for seed in dict.fromkeys(seeds):
-        runs = {
+    known, trained_with = {line["run"] for line in read_values(folder)}, read_configs(folder)
+    of_seed = {
+        seed: {
             folder / "runs" / key: replace(config, precision=precision)
             for key, config in study.runs(tier, [seed]).items()
             if not only or config.name in only
         }
+        for seed in dict.fromkeys(seeds)
+    }
+    for run, config in (item for runs in of_seed.values() for item in runs.items()):
+        if run.name in known & trained_with.keys():
+            check_same(trained_with[run.name], config, run)
+    outcomes: list[Outcome] = []
+    for runs in of_seed.values():
         left = [run for run in runs if run.name not in known]
         if not left:
             continue
@@ -138,7 +146,9 @@ def run_study(
             delayed(_measured)(name, run, runs[run]) for run in left
         )
         for run, lines in zip(left, measured, strict=True):
-            _append(folder, lines)
+            # First: a configuration without values is written again, and the later one holds.
+            _append(folder / "configs.jsonl", [{"run": run.name, "config": runs[run].to_dict()}])
+            _append(folder / "values.jsonl", lines)
             if display is not None:
                 display.note(f"{run.name}: measured")
         _judge(folder, environment())
@@ -191,9 +201,8 @@ def _measured(name: str, run: Path, config: RunConfig) -> list[dict[str, Any]]:
         torch.set_num_threads(before)
 
 
-def _append(folder: Path, lines: Iterable[Values]) -> None:
-    """All lines of a run or none."""
-    path = folder / "values.jsonl"
+def _append(path: Path, lines: Iterable[Values]) -> None:
+    """All lines or none."""
     before = path.read_bytes() if path.exists() else b""
     write_atomic(path, before + b"".join(json.dumps(finite(line)).encode() + b"\n" for line in lines))
 
