@@ -209,6 +209,29 @@ def test_a_setting_younger_than_the_folder_has_its_default(tiny_config: Make, tm
         train(config, folder, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("section", "setting"), [("switch", {"every": 0.3, "to": {}}), ("alarm", {"threshold": 0.6, "older": 1})]
+)
+def test_settings_of_what_is_off_do_not_tell_runs_apart(
+    tiny_config: Make, tmp_path: Path, section: str, setting: dict[str, Any]
+) -> None:
+    config, folder = tiny_config(*SMALL), tmp_path / "run"
+    train(config, folder)
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    saved[section] |= setting
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert states(train_many({folder: config})) == ["already finished"]
+    for words, told in (
+        (
+            ("--switch.rule=fixed", "--switch.epoch=0.5", "--switch.to=fgsm_rs"),
+            "switch.rule='none', not 'fixed'",
+        ),
+        (("--alarm.every=3",), "alarm.every=None, not 3"),
+    ):
+        with pytest.raises(ConfigError, match=f"was run with {told}"):
+            train(tiny_config(*SMALL, *words), folder, resume=True)
+
+
 def test_a_run_whose_folder_was_not_completed_is_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
@@ -103,6 +103,16 @@ def resolve(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> R
             f"method {config.method['name']!r} {method.replays}; they must agree"
         )
     return config
+
+
+def settings_in_force(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()) -> dict[str, Any]:
+    """Dotted name -> value of the configuration, without what belongs to a switch or an alarm that is off."""
+    values = dict(values)
+    if _rule(values) == "none":
+        values["switch"] = {"rule": "none"}
+    if _rule(values) != "alarm" and _group(values, "alarm.every") in (None, {}):
+        values["alarm"] = {"every": None}
+    return _flat(resolve(values, allow_import=allow_import).to_dict())
 
 
 def dump(config: RunConfig) -> str:
@@ -345,12 +355,13 @@ def _name(values: Mapping[str, Any], group: str, default: str) -> str:
     return str(settings.get("name", default))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted name."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+        found |= inner or {f"{prefix}{key}": value}
+    return found
 
 
 def _known_keys(parser: Any) -> list[str]:

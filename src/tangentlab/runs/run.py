@@ -50,7 +50,7 @@ from tangentlab.runs.hooks import (
     Stopping,
     progress,
 )
-from tangentlab.runs.parsing import build_method, resolve
+from tangentlab.runs.parsing import build_method, resolve, settings_in_force
 from tangentlab.runs.processes import (
     agree,
     check_size,
@@ -309,10 +309,9 @@ def _open(folder: Path, config: RunConfig, resume: bool, allow_import: Iterable[
 
 def is_finished(folder: Path, config: RunConfig, *, allow_import: Iterable[str] = ()) -> bool:
     """Whether the folder holds the run of this configuration, trained and evaluated to its end."""
-    allow = list(allow_import)
     try:
         record = read_run(folder)
-        check_same(record.config, resolve(config.to_dict(), allow_import=allow), folder, allow_import=allow)
+        check_same(record.config, config, folder, allow_import=allow_import)
     except TangentlabError:
         return False
     return record.state == "finished"
@@ -323,32 +322,25 @@ def check_same(
 ) -> None:
     """What is gone on with is the same run: the first setting that differs is named.
 
-    A setting younger than ``saved``, what the folder was run with, has its default.
+    A setting younger than ``saved``, what the folder was run with, has its default. Settings of a switch or
+    an alarm that is off do not count.
 
     Raises:
         ConfigError: a setting differs, or ``saved`` is no configuration.
     """
     if saved == config.to_dict():
         return
+    allow = list(allow_import)
+    own = settings_in_force(config.to_dict(), allow_import=allow)
     try:
-        before = _settings(resolve(saved, allow_import=allow_import).to_dict())
+        before = settings_in_force(saved, allow_import=allow)
     except TangentlabError as error:
         raise ConfigError(f"{folder} was run with another configuration: {error}") from error
-    own = _settings(config.to_dict())
-    for key in sorted({*before, *own}):
+    for key in {**before, **own}:
         if before.get(key) != own.get(key):
             raise ConfigError(
                 f"{folder} was run with {key}={before.get(key)!r}, not {own.get(key)!r}; give another --out"
             )
-
-
-def _settings(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """By dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        inner = _settings(value, f"{above}{key}.") if isinstance(value, Mapping) else {}
-        found |= inner or {f"{above}{key}": value}
-    return found
 
 
 def _write_end(run: Run, error: BaseException) -> None:
