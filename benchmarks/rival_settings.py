@@ -2,8 +2,9 @@
 
     python benchmarks/rival_settings.py results/cure/settings-tier0.json --tier 0 [--jobs 2]
 
-On the seeds that no verdict rests on, at either eps of a tier. The runs are written to a temporary folder;
-the JSON file keeps what the study measures of each.
+On the seeds that no verdict rests on, at either eps of a tier. Settings are chosen by the last PGD accuracy
+on the validation split (validation_accuracy); what test points say stands beside it. The runs are written to
+a temporary folder; the JSON file keeps what the study measures of each.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def run(tier: int, eps: float, method: str, setting: str, value: float, seed: in
 def measured(path: Path, config: RunConfig) -> dict[str, Any]:
     """Of what the study measures, what settings are compared by."""
     (line,) = cure.measure(path, config)
-    return {name: line[name] for name in KEPT}
+    return {**{name: line[name] for name in KEPT}, "validation_accuracy": line["robust_accuracy"][-1]}
 
 
 if __name__ == "__main__":
