@@ -29,6 +29,7 @@ WATCHING = (
     "--channels_last=true --evaluation.test_num_steps=1 --evaluation.test_size=100 --evaluation.every=8 "
     f"--switch.rule=kernel --switch.threshold={THRESHOLD} --switch.resume=1"
 )
+LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SETTLED = 4.0  # epochs: from here on the velocity is called level
 
 
@@ -45,7 +46,9 @@ def main() -> None:
     for seed in options.seeds:
         for inputs in INPUTS:
             rows.append(row(seed, inputs, options.precision))
-            print(json.dumps({key: rows[-1][key] for key in ("seed", "inputs", "level")}), flush=True)
+            print(
+                json.dumps({key: rows[-1][key] for key in ("seed", "inputs", "level", "lazy_at")}), flush=True
+            )
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps({"environment": machine, "runs": rows}, indent=1) + "\n")
 
@@ -57,18 +60,25 @@ def row(seed: int, inputs: str, precision: Precision) -> dict[str, Any]:
         record = train(load_config("fashion-mnist", words), Path(folder) / "run")
     epochs, velocity = record.series("switch/velocity")
     fastest = [below / THRESHOLD for below in record.series("switch/lazy_below")[1]]  # at that learning rate
-    looks = zip(epochs, velocity, fastest, strict=True)
+    shares = [seen / most for seen, most in zip(velocity, fastest, strict=True)]
     return {
         "seed": seed,
         "inputs": inputs,
         "precision": precision,
-        "level": median(seen / most for epoch, seen, most in looks if epoch > SETTLED),
+        "level": median(share for epoch, share in zip(epochs, shares, strict=True) if epoch > SETTLED),
+        "lazy_at": {level: lazy_at(epochs, shares, level) for level in LEVELS},
         "epochs": epochs,
         "velocity": velocity,
         "fastest": fastest,
         "steering_seconds": record.status["steering_seconds"],
         "train_seconds": record.status["train_seconds"],
     }
+
+
+def lazy_at(epochs: list[float], shares: list[float], level: float) -> float | None:
+    """When the rule would have switched at that threshold; None where it would not have."""
+    rows = zip(epochs[1:], shares, shares[1:], strict=True)  # patience is two looks
+    return next((epoch for epoch, before, here in rows if max(before, here) < level), None)
 
 
 if __name__ == "__main__":

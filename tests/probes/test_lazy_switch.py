@@ -89,12 +89,20 @@ def test_a_fallen_learning_rate_ends_the_lazy_stage_until_the_kernel_is_slow_for
     assert turned(Turning(), switch(patience=1, return_on_drop=True), angles, smooth) == "ffcccccc"
 
 
-def test_a_rate_that_warms_up_does_not_hide_how_fast_the_kernel_was() -> None:
-    # The angle belongs to the rate before the look: half as fast at sixteen times the rate is an eighth.
-    angles, rates = [0, FAST, FAST / 2], [RATE / 16, RATE, RATE]
-    assert turned(Turning(), one := switch(patience=1), angles, rates) == "ffc"
-    assert one.looks[2].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY * 4, rel=1e-4)
-    assert turned(Turning(), switch(patience=1), angles) == "fff"  # without rates
+def test_a_rate_that_rises_makes_no_kernel_lazy() -> None:
+    rates = [RATE / 64, RATE / 16, RATE / 4, RATE, RATE, RATE]
+    model, one = Turning(), switch(patience=1)
+    assert turned(model, one, [0, FAST, FAST, FAST, FAST, FAST], rates) == "ffffff"
+    assert one.looks[-1].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY, rel=1e-4)
+    assert turned(Turning(), switch(patience=1), [0, FAST, FAST, SLOW], rates) == "fffc"
+
+
+def test_a_rate_that_fell_and_rose_again_is_held_against_what_it_was() -> None:
+    # The angle belongs to the rate before the look.
+    rates = [RATE, RATE / 4, RATE, RATE]
+    turned(Turning(), one := switch(), [0, FAST, FAST / 4, FAST / 4], rates)
+    told = [look.values["lazy_below"] / (0.3 * FAST / EVERY) for look in one.looks[1:]]
+    assert told == pytest.approx([1, 0.5, 1], rel=1e-4)
 
 
 def test_the_rate_of_a_look_is_the_mean_of_its_steps() -> None:
@@ -112,6 +120,42 @@ def test_the_rate_of_a_look_is_the_mean_of_its_steps() -> None:
         one(model, step, learning_rate=RATE)
     one(model, 2 * EVERY)
     assert one.looks[2].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY / 1.5**0.5, rel=1e-4)
+
+
+def test_a_look_at_a_fall_does_not_go_by_what_was_before_it() -> None:
+    angles, rates = [0, FAST, SLOW, SLOW / 2], [RATE, RATE, RATE / 10, RATE / 10]
+    assert turned(Turning(), switch(patience=1), angles, rates) == "ffcc"
+    assert turned(Turning(), switch(patience=1, return_on_drop=True), angles, rates) == "fffc"
+
+
+def test_a_rate_that_a_scheduler_writes_into_is_read_when_it_is_given() -> None:
+    model, one = Turning(), switch(at=1, every=2, return_on_drop=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3])
+    phases = []
+    for step in range(5):
+        phases.append(one(model, step, learning_rate=optimizer.param_groups[0]["lr"])[0])
+        optimizer.step()
+        scheduler.step()
+    assert "".join(phases) == "fcccf"
+    for rate in (-0.1, math.nan, math.inf):
+        with pytest.raises(ConfigError, match=f"learning_rate={rate} is out of range"):
+            one(model, 6, learning_rate=rate)
+
+
+def test_a_kernel_that_could_not_be_measured_once_is_followed_from_then_on() -> None:
+    for missed in (1, 2):
+        model, one = Turning(), switch(patience=1)
+        for number, angle in enumerate([0, FAST, 2 * FAST, 3 * FAST, 3 * FAST + SLOW]):
+            model.turn(angle)
+            if number == missed:
+                model.scale = torch.zeros(2)
+            one(model, EVERY * number)
+        assert one.looks[missed].error is not None
+        assert [number for number, look in enumerate(one.looks) if "velocity" in look.values] == [
+            number for number in range(1, 5) if number not in (missed, missed + 1)
+        ]
+        assert one.phase == "cheap"
 
 
 def test_a_fixed_step_measures_no_kernel() -> None:
@@ -151,6 +195,18 @@ def test_the_safety_net_counts_from_the_best_and_doubles_the_patience() -> None:
     assert one.patience == 4
     # Points are judged from the switch to the return.
     assert one.cost == 5 * 10 * (tl.attacks.FGSM(0.1).passes.cost + 1)
+
+
+def test_the_safety_net_takes_what_the_model_takes() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
+    points = (torch.rand(6, 4), torch.arange(6) % 3)
+    one = switch(at=0, held_out=points, guard=tl.attacks.FGSM(0.1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert one(model, 0) == "cheap"
+    assert 0 <= one.looks[0].values["robust_accuracy"] <= 1
+    foreign = switch(at=0, held_out=(points[0], points[1] + 1), guard=tl.attacks.FGSM(0.1))
+    with pytest.raises(ConfigError, match="y holds the label 3; the model has 3 outputs"):
+        foreign(model, 0)
 
 
 def test_a_dead_kernel_leaves_the_safety_net() -> None:
@@ -253,8 +309,18 @@ def test_a_resumed_switch_goes_on() -> None:
         ({"max_fall": 1.0}, "max_fall=1.0"),
         ({"guard": tl.attacks.FGSM(0.1)}, "come together"),
         ({"held_out": (X, Y)}, "come together"),
+        ({"held_out": (X, Y[:1]), "guard": tl.attacks.FGSM(0.1)}, "y must hold the labels"),
+        ({"held_out": (X[:0], Y[:0]), "guard": tl.attacks.FGSM(0.1)}, "must hold examples"),
+        ({"held_out": (X.numpy(), Y), "guard": tl.attacks.FGSM(0.1)}, "x is a ndarray"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         switch(**settings)
+
+
+def test_too_few_examples_are_named() -> None:
+    with pytest.raises(ConfigError, match="x holds one example"):
+        tl.LazySwitch(X[:1], Y[:1], every=1)
+    with pytest.raises(ConfigError, match="must hold examples"):
+        tl.LazySwitch(X[:0], Y[:0], every=1)

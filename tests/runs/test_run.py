@@ -121,6 +121,37 @@ def test_a_switch_is_counted_and_logged_with_its_evidence(tiny_config: Make, tmp
     assert looks[2]["switch/least_robust_accuracy"] >= looks[1]["switch/robust_accuracy"] - 0.05
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--switch.rule=fixed", "--switch.epoch=0.1"],
+            "switch.epoch=0.1 is step 0; the training's are 1 to 8",
+        ),
+        (
+            ["--switch.rule=fixed", "--switch.epoch=2.9"],
+            "switch.epoch=2.9 is step 9; the training's are 1 to 8",
+        ),
+        (
+            ["--switch.rule=kernel", "--switch.held_out=5000"],
+            "switch.held_out=5000 is out of range; the valid",
+        ),
+    ],
+)
+def test_a_switch_that_could_never_act_is_refused(
+    tiny_config: Make, tmp_path: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_config(*words), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["kernel", "3"])
+def test_a_section_takes_no_value(value: str) -> None:
+    with pytest.raises(ConfigError, match="switch is a section, not a setting; its settings are switch.rule"):
+        load_config("digits", ["--switch", value])
+
+
 def test_lazy_is_pgd_with_the_kernels_switch_to_what_it_kept(tmp_path: Path) -> None:
     lazy = load_config("digits", ["--method=lazy", "--method.num_steps=7", "--eps=0.2"])
     assert lazy.method["name"] == "pgd"

@@ -42,6 +42,7 @@ class KernelProbe:
         sketch: numbers that stand for the gradient of a weight in each of eight random projections, at least
             1: ``kernels`` are unbiased estimates then, cheaper for wide networks, the same projections at
             every snapshot. None for exact kernels.
+        gap: steps that velocities are given over; None for those between the first two snapshots.
 
     ``measure`` returns ``values`` named ``kernel/<inputs>/<kind>/<metric>``, a metric of class kernels being
     the mean over the classes, and ``kernel/<a>~<b>/<kind>/distance`` between the kernels on two inputs; and
@@ -49,7 +50,7 @@ class KernelProbe:
     (distance a step), angle_velocity (radians a step), angle_per_learning_rate (radians per summed learning
     rate), entropy_rank, participation_ratio, intrinsic_dimension, top_eigenvalues, top_mass (of ten),
     target_alignment, and of class kernels specialization_matrix and specialization. Velocities are given only
-    over one fixed gap of steps, that of the first two snapshots: 1 − cos is quadratic in the movement.
+    over that one gap: 1 − cos is quadratic in the movement.
     Snapshots between those of a fixed gap are no part of it: they are described, and told from the first.
     With ``sketch`` every number has its 95 % interval beside it, as <metric>_interval, of the projections.
 
@@ -70,6 +71,7 @@ class KernelProbe:
         seed: int = 0,
         memory: str | int = "2GiB",
         sketch: int | None = None,
+        gap: int | None = None,
     ) -> None:
         kinds = (kinds,) if isinstance(kinds, str) else kinds
         if not kinds or set(kinds) - set(KINDS):
@@ -88,8 +90,12 @@ class KernelProbe:
         self._once: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
         self._previous: dict[str, Tensor] = {}
+        if gap is not None and gap < 1:
+            raise ConfigError(
+                f"gap={gap} is out of range; at least 1, or None for that of the first snapshots"
+            )
         self._step = 0
-        self._gap = 0
+        self._gap = gap or 0
         self._summed_learning_rate = 0.0
 
     def measure(

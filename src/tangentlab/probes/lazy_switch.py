@@ -17,6 +17,7 @@ from tangentlab import randomness
 from tangentlab.attacks import Attack
 from tangentlab.errors import ConfigError, KernelError
 from tangentlab.files import under
+from tangentlab.probes import watched
 from tangentlab.probes.accuracy import accuracy
 from tangentlab.probes.kernel_probe import KernelProbe
 
@@ -61,16 +62,17 @@ class LazySwitch:
     """Answers "full" or "cheap": whether the next examples need the full attack.
 
     It begins with "full". By the kernel, with v the angle a step that the class kernels turned between two
-    looks, η the mean learning rate of these steps and u* the largest v/√η so far:
+    looks, η the mean learning rate of these steps, and v* the fastest so far, max vᵢ·min(1, √(η/ηᵢ)):
 
-    - full → cheap where v < ``threshold``·u*·√η at ``patience`` looks in a row: the lazy stage;
-    - cheap → full where v > ``resume``·u*·√η at ``patience`` looks in a row: the kernel learns again;
+    - full → cheap where v < ``threshold``·v* at ``patience`` looks in a row: the lazy stage;
+    - cheap → full where v > ``resume``·v* at ``patience`` looks in a row: the kernel learns again;
     - with ``return_on_drop``, cheap → full at the look after the learning rate fell to half or less from one
       call to the next. Smooth schedules fall so at their last steps alone.
 
-    The root, since steps that jitter about a point turn the kernel in proportion to it: a rate that warms up
-    is not to hide how fast the kernel was, nor one that falls to make it look lazy. Call at every step, with
-    the rate; where none was ever given η is 1.
+    The root, since steps that jitter about a point turn the kernel in proportion to it, and a rate that falls
+    is not to make it look lazy. A rate that rises leaves v* alone: early, the kernel turns as fast at small
+    rates, and would look lazy at the first large one. Call at every step, with the rate; where none was ever
+    given η is 1.
 
     A kernel that cannot be measured (a network that has died has none) says nothing; the rest goes on.
 
@@ -109,8 +111,8 @@ class LazySwitch:
         every: int,
         attack: Attack | None = None,
         at: int | None = None,
-        threshold: float = 0.3,
-        resume: float = 0.6,
+        threshold: float = 0.6,
+        resume: float = 0.9,
         patience: int = 2,
         return_on_drop: bool = False,
         held_out: tuple[Tensor, Tensor] | None = None,
@@ -134,13 +136,22 @@ class LazySwitch:
         self.looks: list[Look] = []
         self.cost = 0
         self.phase = FULL
+        self._held_out = None if held_out is None else watched.own(*held_out)
         self._inputs = "clean" if attack is None else "crafted"
         self._attack, self._guard = attack, guard
         self._probe = KernelProbe(
-            x, y, inputs={self._inputs: attack}, kinds="class", seed=seed, sketch=sketch, memory=memory
+            x,
+            y,
+            inputs={self._inputs: attack},
+            kinds="class",
+            seed=seed,
+            memory=memory,
+            sketch=sketch,
+            gap=every,
         )
-        self._held_out = held_out and (held_out[0].detach().clone(), held_out[1].detach().clone())
-        self._fastest = 0.0  # velocity over the root of the learning rate
+        if at is None and len(x) < 2:
+            raise ConfigError("x holds one example; a kernel that turns takes two")
+        self._seen: list[list[float]] = []  # velocities, and the learning rates that they were measured at
         self._row = 0  # looks in a row that speak for the other phase
         self._best = 0.0  # robust accuracy since the switch
         self._rate = 0.0  # of learning, at the last call
@@ -158,10 +169,13 @@ class LazySwitch:
 
         Raises:
             KernelError: at the first look, as KernelProbe.measure.
-            ConfigError: the step does not follow the last look's.
+            ConfigError: the step does not follow the last look's, or the rate is negative or not finite.
         """
         values: dict[str, float] = {}
         if learning_rate is not None:
+            learning_rate = float(learning_rate)  # schedulers write into a tensor's place
+            if not 0 <= learning_rate < math.inf:
+                raise ConfigError(f"learning_rate={learning_rate} is out of range; at least 0, and finite")
             if learning_rate <= DROP * self._rate * (1 + 1e-9):
                 self._fell_from = self._fell_from or self._rate
             self._rate = values["learning_rate"] = learning_rate
@@ -200,14 +214,15 @@ class LazySwitch:
         """What a resumed switch needs, as plain tensors; the looks so far are the caller's to keep."""
         counts = (self.cost, self.patience, self._row, self._classes, self._returned, self._calls)
         rates = (self._rate, self._fell_from, self._summed)
-        place = [PHASES.index(self.phase), self._fastest, self._best, *rates, *counts]
+        place = [PHASES.index(self.phase), self._best, *rates, *counts]
         state = {f"probe/{name}": tensor for name, tensor in self._probe.state_dict().items()}
-        return {**state, "place": torch.tensor(place, dtype=torch.float64)}
+        seen = torch.tensor(self._seen, dtype=torch.float64).reshape(-1, 2)
+        return {**state, "place": torch.tensor(place, dtype=torch.float64), "seen": seen}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state_dict`."""
-        phase, self._fastest, self._best, *rest = state["place"].tolist()
-        self.phase = PHASES[int(phase)]
+        phase, self._best, *rest = state["place"].tolist()
+        self.phase, self._seen = PHASES[int(phase)], state["seen"].tolist()
         self._rate, self._fell_from, self._summed, *counts = rest
         self.cost, self.patience, self._row, self._classes, returned, self._calls = map(int, counts)
         self._returned = bool(returned)
@@ -217,14 +232,16 @@ class LazySwitch:
         """Why the phase changes now, or None; the levels that the evidence is held against join it."""
         velocity = values.get("velocity")
         rate = self._summed / self._calls if self._calls else self._rate or 1.0
-        root = math.sqrt(rate)
-        if velocity is not None and root > 0:
-            self._fastest = max(self._fastest, velocity / root)
-        low, high = self.threshold * self._fastest * root, self.resume * self._fastest * root
+        if velocity is not None:
+            self._seen.append([velocity, rate])
+        fastest = max((v * math.sqrt(min(1.0, rate / r)) if r else v for v, r in self._seen), default=0.0)
+        low, high = self.threshold * fastest, self.resume * fastest
         if velocity is not None:
             values |= {"lazy_below": low, "learning_above": high}
             self._row = self._row + 1 if (velocity < low if self.phase == FULL else velocity > high) else 0
         if self.phase == FULL:
+            if self._fell_from and self.return_on_drop:
+                self._row = 0  # what was seen is from before the fall
             if self.at is None:
                 return f"the kernel's velocity fell below {low:.3g}" if self._row >= self.patience else None
             return f"step {self.at} is reached" if step >= self.at and not self._returned else None
@@ -257,8 +274,8 @@ class LazySwitch:
         """Robust accuracy on the points of the safety net, where there is one."""
         if self._held_out is None or self._guard is None:
             return {}
-        device = next(model.parameters()).device
-        x, y = (part.to(device) for part in self._held_out)
-        noise = randomness.generator(self.seed, "guard", device=device)
+        x, y = watched.placed(model, *self._held_out)
+        noise = randomness.generator(self.seed, "guard", device=x.device)
         self.cost += len(x) * (self._guard.passes.cost + 1)
-        return {"robust_accuracy": accuracy(model, x, y, self._guard, generator=noise)}
+        with watched.seen_plainly(model, x.device):
+            return {"robust_accuracy": accuracy(model, x, y, self._guard, generator=noise)}

@@ -20,7 +20,9 @@ def own(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise ConfigError(f"x is a {type(x).__name__} and y a {type(y).__name__}; both must be tensors")
-    if len(x) != len(y) or y.dim() != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
+    if x.dim() == 0 or len(x) == 0:
+        raise ConfigError(f"x has shape {tuple(x.shape)}; it must hold examples [n, ...]")
+    if y.dim() != 1 or len(x) != len(y) or y.is_floating_point() or int(y.min()) < 0:
         raise ConfigError(
             f"x has shape {tuple(x.shape)} and y {tuple(y.shape)} {y.dtype}; y must hold the labels [n] "
             "of x [n, ...], integers from 0"

@@ -17,6 +17,7 @@ from tangentlab.runs.build import (
     build_state,
     learning_rate,
     method_schedule,
+    steps_per_epoch,
     training_batch,
 )
 from tangentlab.runs.config import RunConfig
@@ -52,8 +53,8 @@ class Repeated:
 
 def total_steps(config: RunConfig, examples: Examples) -> int:
     """Optimizer updates of the whole run."""
-    per_epoch = build_batches(config, examples, torch.device("cpu")).steps_per_epoch
-    return config.training.epochs * per_epoch * int(build_method(config).replays)
+    batches = build_batches(config, examples, torch.device("cpu"))
+    return config.training.epochs * steps_per_epoch(config, batches)
 
 
 def train_again(

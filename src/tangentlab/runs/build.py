@@ -64,6 +64,11 @@ def build_batches(
     )
 
 
+def steps_per_epoch(config: RunConfig, batches: data.Batches) -> int:
+    """Optimizer updates of an epoch; a method may take each batch several times."""
+    return batches.steps_per_epoch * int(build_method(config).replays)
+
+
 def training_batch(batches: data.Batches, number: int, total: int, part: Share | None = None) -> Batch:
     """The batch of that number, of ``total`` training examples, as a method takes it."""
     x, y, index = batches.batch(number)
@@ -221,16 +226,29 @@ def build_alarm(config: RunConfig, examples: Examples) -> OverfittingAlarm:
     )
 
 
-def build_switch(config: RunConfig, examples: Examples, steps_per_epoch: int) -> LazySwitch:
-    """The switch on class-balanced training examples, its safety net on validation examples."""
+def build_switch(config: RunConfig, examples: Examples, *, steps: int, steps_per_epoch: int) -> LazySwitch:
+    """The switch on class-balanced training examples, its safety net on validation examples.
+
+    Raises:
+        ConfigError: the fixed rule's epoch is no step within the training, or the safety net wants more
+            examples than there are.
+    """
     setting = config.switch
+    at = round(setting.epoch * steps_per_epoch) if setting.rule == "fixed" else None
+    if at is not None and not 0 < at < steps:
+        raise ConfigError(f"switch.epoch={setting.epoch} is step {at}; the training's are 1 to {steps - 1}")
+    if setting.held_out > len(examples.validation):
+        raise ConfigError(
+            f"switch.held_out={setting.held_out} is out of range; the validation split has "
+            f"{len(examples.validation)} examples"
+        )
     attack = build_attack(config, num_steps=setting.num_steps)
-    held_out = examples.validation.select(torch.arange(min(setting.held_out, len(examples.validation))))
+    held_out = examples.validation.select(torch.arange(setting.held_out))
     return LazySwitch(
         *_watched(config, examples, setting.size),
         every=every_steps(setting.every, steps_per_epoch),
         attack=attack if setting.inputs == "pgd" else None,
-        at=round(setting.epoch * steps_per_epoch) if setting.rule == "fixed" else None,
+        at=at,
         threshold=setting.threshold,
         resume=setting.resume,
         patience=setting.patience,

@@ -207,7 +207,8 @@ class SwitchConfig:
         every: epochs between looks; fractions are allowed.
         size: class-balanced training examples whose kernel is watched.
         inputs: what it is watched on, clean or pgd.
-        threshold: lazy below this share of the fastest velocity, both over the root of the learning rate.
+        threshold: lazy below this share of the fastest velocity, scaled down by the root of the learning
+            rate where that has fallen.
         resume: learning again above this share.
         patience: looks in a row.
         return_on_drop: come back where the learning rate falls to half or less from one step to the next.
@@ -223,8 +224,8 @@ class SwitchConfig:
     every: float = 0.5
     size: int = 20
     inputs: Literal["clean", "pgd"] = "clean"
-    threshold: float = 0.3
-    resume: float = 0.6
+    threshold: float = 0.6
+    resume: float = 0.9
     patience: int = 2
     return_on_drop: bool = False
     held_out: int = 0

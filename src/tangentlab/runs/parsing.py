@@ -61,8 +61,8 @@ def load_config(
         ConfigError: no such file, unknown key, wrong type, out of range.
     """
     values, over = read_yaml(source), _expanded(parse_overrides(overrides))
-    asked = _group(over, "switch").get("rule")
-    if asked is not None and "none" in (asked, _rule(values)):
+    asked = _group(over, "switch.rule")
+    if asked != {} and "none" in (asked, _rule(values)):
         values = _unswitched(values)
     return resolve(merge(_underived(values, over), over), allow_import=allow_import)
 

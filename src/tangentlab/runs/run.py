@@ -33,6 +33,7 @@ from tangentlab.runs.build import (
     every_steps,
     learning_rate,
     resolve_device,
+    steps_per_epoch,
     training_batch,
 )
 from tangentlab.runs.config import RunConfig
@@ -146,9 +147,12 @@ def _rehearse(config: RunConfig, allow_import: Iterable[str]) -> Examples:
     examples = build_data(config)
     model = build_model(config, examples, torch.device("cpu"), allow_import=allow_import)
     build_state(config, model)
-    build_batches(config, examples, torch.device("cpu"), Share(0, config.processes)).batch(0)
+    batches = build_batches(config, examples, torch.device("cpu"), Share(0, config.processes))
+    batches.batch(0)
     build_probe(config, examples)
-    build_controller(config, examples, steps=1, steps_per_epoch=1, log=None, fabric=None)
+    per_epoch = steps_per_epoch(config, batches)
+    steps = config.training.epochs * per_epoch
+    build_controller(config, examples, steps=steps, steps_per_epoch=per_epoch, log=None, fabric=None)
     return examples
 
 
@@ -166,7 +170,7 @@ def _train(
     part = share(fabric)
     batches = build_batches(config, examples, fabric.device, part)
     replays = build_method(config).replays
-    per_epoch = batches.steps_per_epoch * replays
+    per_epoch = steps_per_epoch(config, batches)
     steps = config.training.epochs * per_epoch
     interruption = Interruption()
     hooks: list[StepHook] = [Stopping(interruption, steps)]

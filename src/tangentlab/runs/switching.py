@@ -81,7 +81,7 @@ def build_controller(
     if rule in ("fixed", "kernel"):
         assert other is not None
         controller = Switching(
-            build_switch(config, examples, steps_per_epoch),
+            build_switch(config, examples, steps=steps, steps_per_epoch=steps_per_epoch),
             {"full": own, "cheap": other},
             learning_rate(config, steps),
             config.training.batch_size,

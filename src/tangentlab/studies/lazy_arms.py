@@ -68,10 +68,12 @@ STORED = [f"stored-at-{share:g}" for share in SHARES]
 HALF = 0.5  # of PGD training's cost
 HALF_SHARE = 0.1  # of a longer training that costs half, at which PGD gives way to stored perturbations
 FIRST_FALL = 0.5  # of the learning rate, a share of the training
-TUNING_SEEDS = (0, 1, 2)
+# On 3 and 4, in trainings without a warm-up, how the rule goes on after its switch was chosen.
+TUNING_SEEDS = (0, 1, 2, 3, 4)
 EMA = "--training.ema_decay=0.995"
 RETURNING = "kernel-stored"  # to the full attack where the learning rate falls
 KERNEL = "kernel-stored-staying"
+THROUGHOUT = "stored-throughout"
 FINALISTS = ("pgd", KERNEL, "stored-at-0.2", "n_fgsm-half", "atta-half")
 PGD, STANDARD = "--method=pgd", "--method=standard"
 # BatchNorm is treated as in PGD training, from which the other arms with stored perturbations come.
@@ -110,7 +112,8 @@ def _rivals(eps: float) -> dict[str, str]:
     }
 
 
-HALF_RIVALS = (*_rivals(1.0), "clean-first-half")
+LONGER = "stored-half"
+HALF_RIVALS = (*_rivals(1.0), "clean-first-half", LONGER, THROUGHOUT)
 
 
 def arms(tier: Tier) -> dict[str, str]:
@@ -126,26 +129,27 @@ def arms(tier: Tier) -> dict[str, str]:
     found = {"pgd": f"{PGD} {WATCHED}", "trades": f"--method=trades {WATCHED}"}
     for name, shares in FIXED.items():
         found |= {f"{name}-at-{share:g}": replaced(name, share) for share in shares}
-    found["stored-throughout"] = STORED_THROUGHOUT
+    found[THROUGHOUT] = STORED_THROUGHOUT
     found["trades-fewer-at-0.35"] = (
         f"--method=trades {fixed} --switch.epoch={0.35 * epochs:g} --switch.to=trades "
         f"--switch.to.num_steps=1 --switch.to.step_size={eps}"
     )
     found[RETURNING] = f"{PGD} {returning} {to['stored']}"
     found[KERNEL] = f"{PGD} {kernel} {to['stored']}"
-    found["kernel-clean"] = f"{PGD} {returning} {to['clean']}"
+    found["kernel-clean"] = f"{PGD} {kernel} {to['clean']}"
     found["kernel-clean-guarded"] = f"{found['kernel-clean']} --switch.held_out=300"
     for name, words in _rivals(eps).items():
         found[name] = f"{words} --training.epochs={_affordable(tier, words)}"
     full = f"--switch.to=pgd --switch.to.num_steps={_config(tier, PGD).method['num_steps']}"
     found["clean-first-half"] = f"{STANDARD} {fixed} {_clean_first(tier)} {full}"
     long = _stored_longer(tier)
-    found["stored-half"] = f"{PGD} {fixed} --switch.epoch={HALF_SHARE * long:g} {to['stored']}"
-    found["stored-half"] += f" --training.epochs={long}"
+    found[LONGER] = f"{PGD} {fixed} --switch.epoch={HALF_SHARE * long:g} {to['stored']}"
+    found[LONGER] += f" --training.epochs={long}"
     for name in ("pgd", KERNEL, "n_fgsm-half"):
         found[f"{name}-ema"] = f"{found[name]} {UNWATCHED} {EMA}"
     for condition, words in _conditions(tier, eps).items():
         found[f"pgd+{condition}"] = f"{PGD} {words}"
+        found[f"{KERNEL}+{condition}"] = f"{found[KERNEL]} {words}"
         for name in ("clean", "one-step", "stored"):
             found[f"{name}-at-{CONDITION_SHARE}+{condition}"] = f"{replaced(name, CONDITION_SHARE)} {words}"
     return found if tier.whole else {name: found[name] for name in FINALISTS}
