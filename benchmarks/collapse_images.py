@@ -64,7 +64,7 @@ def main() -> None:
         record = train(config, Path(folder) / "run")
         epochs, robust = record.series("robust_accuracy")
         fgsm = record.series("fgsm_accuracy")[1]
-        collapse = metrics.catastrophic_overfitting(epochs, fgsm, robust, lasting=True)
+        collapse = metrics.catastrophic_overfitting(epochs, fgsm, robust, lasting=metrics.LASTING_EPOCHS)
         if collapse is None:
             raise SystemExit(f"seed {options.seed} did not collapse; give another --seed")
         seen = {name: look(record.folder, config, collapse.epoch + shift) for name, shift in MOMENTS.items()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -77,8 +78,8 @@ def row(seed: int, inputs: str, precision: Precision) -> dict[str, Any]:
 
 def lazy_at(epochs: list[float], shares: list[float], level: float) -> float | None:
     """When the rule would have switched at that threshold; None where it would not have."""
-    rows = zip(epochs[1:], shares, shares[1:], strict=True)  # patience is two looks
-    return next((epoch for epoch, before, here in rows if max(before, here) < level), None)
+    rows = zip(epochs[1:], pairwise(shares), strict=True)  # patience is two looks
+    return next((epoch for epoch, pair in rows if max(pair) < level), None)
 
 
 if __name__ == "__main__":

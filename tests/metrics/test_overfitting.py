@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from tangentlab.errors import ConfigError
@@ -71,26 +72,31 @@ def test_dated_to_the_last_crossing_when_an_earlier_fall_recovered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "lasting"),
-    [
-        ([0.1, 0.0, 0.2], True),
-        ([0.1, 0.1], False),  # too soon to tell
-        ([0.1, 0.1, 0.21, 0.1], False),
-        ([0.1, 0.1, 0.1, 0.4], True),  # it did recover, later
-    ],
+    ("end", "until"),
+    [([0.1, 0.0, 0.2], 5), ([0.1, 0.3], 3.5), ([0.1, 0.1, 0.3, 0.1], 4.5)],  # 0.2 is half
 )
-def test_a_fall_lasts_three_evaluations(end: list[float], lasting: bool) -> None:
+def test_a_collapse_lasts_until_more_than_half_of_the_best_is_back(end: list[float], until: float) -> None:
     robust = [0.3, 0.4, *end]
-    collapse = catastrophic_overfitting(range(len(robust)), [0.5, *[0.9] * (len(robust) - 1)], robust)
+    fgsm = [0.5, *[0.9] * (len(robust) - 1)]
+    collapse = catastrophic_overfitting(range(1, len(robust) + 1), fgsm, robust)
     assert collapse is not None
-    assert collapse.lasting is lasting
+    assert collapse.lasted == pytest.approx(until - (2 + 2 / 3))
 
 
-def test_a_dip_is_passed_over_where_lasting_ones_are_asked_for() -> None:
+def test_how_long_a_collapse_lasts_does_not_depend_on_how_often_it_is_seen() -> None:
+    times = np.linspace(0, 10, 81)
+    robust = np.interp(times, [0, 2, 2.5, 3.0, 3.5, 10], [0.3, 0.4, 0.1, 0.1, 0.4, 0.4])
+    for every in (1, 2, 4):
+        collapse = catastrophic_overfitting(times[::every], [0.9] * len(times[::every]), robust[::every])
+        assert collapse is not None
+        assert collapse.lasted == pytest.approx(5 / 6)
+
+
+def test_what_did_not_last_is_passed_over_where_that_is_asked_for() -> None:
     robust = [0.4, 0.1, 0.4, 0.4, 0.4, 0.1, 0.1, 0.0]
-    found = [catastrophic_overfitting(range(8), [0.9] * 8, robust, lasting=only) for only in (False, True)]
-    assert [collapse and collapse.epoch for collapse in found] == pytest.approx([2 / 3, 4 + 2 / 3])
-    assert catastrophic_overfitting(range(4), [0.9] * 4, robust[:4], lasting=True) is None
+    found = [catastrophic_overfitting(range(8), [0.9] * 8, robust, lasting=time) for time in (0, 1, 3)]
+    assert [collapse and collapse.epoch for collapse in found[:2]] == pytest.approx([2 / 3, 4 + 2 / 3])
+    assert found[2] is None
 
 
 def test_no_evaluations_no_collapse() -> None:

@@ -27,6 +27,7 @@ from tangentlab.metrics.intervals import Interval, jackknife, mean_interval, wil
 from tangentlab.metrics.lanczos import Eigenpairs, top_eigenpairs
 from tangentlab.metrics.overfitting import (
     COLLAPSE_SHARE,
+    LASTING_EPOCHS,
     PARTING_DISTANCE,
     Collapse,
     catastrophic_overfitting,
@@ -47,6 +48,7 @@ from tangentlab.metrics.stages import Stages, find_stages
 
 __all__ = [
     "COLLAPSE_SHARE",
+    "LASTING_EPOCHS",
     "PARTING_DISTANCE",
     "Collapse",
     "Eigenpairs",

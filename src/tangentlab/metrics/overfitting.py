@@ -17,8 +17,8 @@ from tangentlab.metrics._checks import Curve, as_curve, as_times
 # Share of the best robust accuracy that is left, and lead of FGSM over PGD, from which a fall is a collapse.
 COLLAPSE_SHARE = 0.5
 COLLAPSE_LEAD = 0.2
-# Evaluations in a row below half from which a fall is lasting: fewer come of a few points' noise.
-LASTING = 3
+# Epochs below half from which a network counts as lost: others recover at once, and noise looks the same.
+LASTING_EPOCHS = 1.5
 
 # A network that never exceeded chance by this never learned. One standard error at chance 0.1 on 200 points
 # is 0.02.
@@ -40,8 +40,8 @@ class Collapse:
         best_epoch: the evaluation it fell from.
         best_robust_accuracy: robust accuracy then.
         robust_accuracy, fgsm_accuracy: at the first evaluation that meets the definition.
-        lasting: whether robust accuracy stays at half of that best or below for three evaluations from the
-            crossing on; else the network recovered at once, or training ended too soon to tell.
+        lasted: from the crossing to where robust accuracy rose above half of that best again, interpolated,
+            or else to the last evaluation.
     """
 
     epoch: float
@@ -49,11 +49,11 @@ class Collapse:
     best_robust_accuracy: float
     robust_accuracy: float
     fgsm_accuracy: float
-    lasting: bool
+    lasted: float
 
 
 def catastrophic_overfitting(
-    epochs: Curve, fgsm_accuracy: Curve, robust_accuracy: Curve, *, chance: float = 0.1, lasting: bool = False
+    epochs: Curve, fgsm_accuracy: Curve, robust_accuracy: Curve, *, chance: float = 0.1, lasting: float = 0.0
 ) -> Collapse | None:
     """The first collapse of a run, or None.
 
@@ -71,7 +71,8 @@ def catastrophic_overfitting(
         epochs: evaluations [T] in epochs (or steps), increasing.
         fgsm_accuracy, robust_accuracy: accuracies [T] in [0, 1] under FGSM and PGD on the same points.
         chance: accuracy of guessing, 1/C.
-        lasting: the first lasting one instead.
+        lasting: the first that lasted as long, in the unit of ``epochs``; LASTING_EPOCHS tells networks that
+            were lost from those that recovered at once, or whose training ended too soon to tell.
 
     Raises:
         ConfigError: lengths differ, values out of range, epochs that do not increase.
@@ -89,7 +90,7 @@ def catastrophic_overfitting(
         raise ConfigError(f"fgsm_accuracy has {len(fgsm)} values for {len(robust)} of robust_accuracy")
 
     found = _collapses(t, fgsm, robust, chance)
-    return next((collapse for collapse in found if collapse.lasting or not lasting), None)
+    return next((collapse for collapse in found if collapse.lasted >= lasting), None)
 
 
 def _collapses(t: np.ndarray, fgsm: np.ndarray, robust: np.ndarray, chance: float) -> Iterator[Collapse]:
@@ -106,14 +107,16 @@ def _collapses(t: np.ndarray, fgsm: np.ndarray, robust: np.ndarray, chance: floa
             and fgsm[k] - robust[k] > COLLAPSE_LEAD
         ):
             above = int(np.flatnonzero(robust[:k] > half)[-1])
-            fallen = robust[above + 1 : above + 1 + LASTING] <= half
+            begun = _crossing(t, robust, above, half)
+            again = np.flatnonzero(robust[k:] > half)
+            ended = _crossing(t, robust, k + int(again[0]) - 1, half) if len(again) else float(t[-1])
             yield Collapse(
-                epoch=_crossing(t, robust, above, half),
+                epoch=begun,
                 best_epoch=float(t[best]),
                 best_robust_accuracy=float(robust[best]),
                 robust_accuracy=float(robust[k]),
                 fgsm_accuracy=float(fgsm[k]),
-                lasting=len(fallen) == LASTING and bool(fallen.all()),
+                lasted=ended - begun,
             )
 
 

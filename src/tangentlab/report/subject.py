@@ -12,7 +12,14 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from tangentlab.metrics import Collapse, Stages, catastrophic_overfitting, find_stages, parting_epoch
+from tangentlab.metrics import (
+    LASTING_EPOCHS,
+    Collapse,
+    Stages,
+    catastrophic_overfitting,
+    find_stages,
+    parting_epoch,
+)
 from tangentlab.records import RunRecord
 
 _KERNEL_NAME = re.compile(r"kernel/([^/]+)/([^/]+)/([^/]+)")
@@ -124,9 +131,14 @@ class Subject:
         curves = [[curve.at_or_before(x) for x in both] for curve in (fgsm, robust)]
         chance = 1 / (self.classes or 10)
         lasting, first = (
-            catastrophic_overfitting(both, *curves, chance=chance, lasting=only) for only in (True, False)
+            catastrophic_overfitting(both, *curves, chance=chance, lasting=time) for time in (self.lasting, 0)
         )
         return lasting or first
+
+    @property
+    def lasting(self) -> float:
+        """From when on a collapse is a lasting one; a run that tells no epochs tells nothing of it."""
+        return LASTING_EPOCHS if self.axis == "epoch" else 0.0
 
     @property
     def classes(self) -> int | None:

@@ -258,7 +258,7 @@ def _of_watch(watch: Watch) -> dict[str, str]:
 IN_TIME = Claim(
     "overfitting/in-time",
     "The kernel's best signal, chosen on other seeds, speaks before PGD accuracy has lost half of its best "
-    "in more than 90 % of the runs that collapse.",
+    "for good in more than 90 % of the runs that collapse.",
     "share of the collapsing runs",
     0.9,
     source=f"{PAPER}, with a figure of ours",
@@ -298,8 +298,8 @@ CHEAP_EARLIER = Claim(
 )
 DEPLOYED = Claim(
     "overfitting/deployed",
-    "The alarm as it is shipped speaks before PGD accuracy has lost half of its best in more than 90 % of "
-    "the runs that collapse.",
+    "The alarm as it is shipped speaks before PGD accuracy has lost half of its best for good in more than "
+    "90 % of the runs that collapse.",
     "share of the collapsing runs",
     0.9,
 )

@@ -59,7 +59,7 @@ def _sentence(run: Subject) -> str:
         best, last = max(robust.y), robust.y[-1]
         return f"no collapse (PGD accuracy {best:.1%} at best, {last:.1%} at the end)"
     fall = run.collapse
-    what = "collapse" if fall.lasting else "passing collapse"
+    what = "collapse" if fall.lasted >= run.lasting else "passing collapse"
     return (
         f"{what} at {run.axis} {fall.epoch:.3g}, PGD accuracy down from "
         f"{fall.best_robust_accuracy:.1%} to {robust.y[-1]:.1%} at the end, FGSM accuracy {fgsm.y[-1]:.1%}"
