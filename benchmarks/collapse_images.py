@@ -86,11 +86,10 @@ def look(
     """Epoch, update signals and eigenvectors by row, of the last checkpoint kept up to that epoch."""
     examples = build_data(config)
     model = build_model(config, examples, torch.device("cpu"))
-    for path in kept_checkpoints(run).values():
-        epoch = load_weights(path, model)["extra"]["epoch"]
-        if epoch <= until:
-            last, at = path, epoch
-    load_weights(last, model)
+    for path in reversed(kept_checkpoints(run).values()):  # the first is the network before training
+        at = load_weights(path, model)["extra"]["epoch"]
+        if at <= until:
+            break
     index = data.class_balanced(examples.train.labels, EXAMPLES, seed=config.seed)
     x, y = examples.train.x(index), examples.train.labels[index]
     attacks: dict[str, Attack] = {

@@ -337,10 +337,7 @@ def read_values(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run key -> configuration of the runs that a study measured, from configs.jsonl.gz and configs.jsonl.
-
-    Older studies did not write them.
-    """
+    """Run key -> configuration of the runs that a study measured, from configs.jsonl.gz and configs.jsonl."""
     return {line["run"]: line["config"] for line in _read_packed(folder, "configs.jsonl")}
 
 

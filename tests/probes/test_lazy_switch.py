@@ -217,7 +217,7 @@ def test_a_dead_kernel_leaves_the_safety_net() -> None:
             z = super().forward(x)
             return torch.cat([z, 0.2 - z], dim=1)
 
-    points = (X + 1.0, Y)
+    points = (X, Y)
     one = switch(patience=1, held_out=points, guard=tl.attacks.FGSM(0.01), max_fall=0.15)
     model = Dying()
     assert turned(model, one, [0, FAST, SLOW]) == "ffc"
@@ -311,6 +311,7 @@ def test_a_resumed_switch_goes_on() -> None:
         ({"held_out": (X, Y)}, "come together"),
         ({"held_out": (X, Y[:1]), "guard": tl.attacks.FGSM(0.1)}, "y must hold the labels"),
         ({"held_out": (X[:0], Y[:0]), "guard": tl.attacks.FGSM(0.1)}, "must hold examples"),
+        ({"held_out": (X + 1, Y), "guard": tl.attacks.FGSM(0.1)}, "x lies in"),
         ({"held_out": (X.numpy(), Y), "guard": tl.attacks.FGSM(0.1)}, "x is a ndarray"),
     ],
 )

@@ -115,6 +115,29 @@ def test_what_it_sees_is_the_share_and_the_model_stays() -> None:
     assert one.looks[2].pooled == pytest.approx(sum(inners) / sum(squares), rel=1e-5)
 
 
+class Restless(nn.Module):
+    """Counts its forwards and draws, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        torch.rand(1)
+        return self.inner(x)
+
+
+def test_a_model_that_counts_and_draws_comes_back_as_it_was() -> None:
+    model, state = Restless(), torch.get_rng_state()
+    alarm().update(model, 0)
+    switch = tl.LazySwitch(X, Y, every=1, at=0, held_out=(X, Y), guard=tl.attacks.FGSM(0.1))
+    switch(model, 0)
+    assert model.calls == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_look_may_have_another_eps() -> None:
     model, one, half = network(), alarm(), tl.OverfittingAlarm(X, Y, eps=0.05)
     for step, eps in enumerate((0.05, 0.1, None)):
@@ -145,6 +168,10 @@ def test_bad_input_is_named() -> None:
         tl.OverfittingAlarm(X[:2], Y[:2], eps=0.1)
     with pytest.raises(ConfigError, match="labels"):
         tl.OverfittingAlarm(X, Y[:3], eps=0.1)
+    with pytest.raises(ConfigError, match=r"x lies in \[-1, .*normalisation belongs in the model"):
+        tl.OverfittingAlarm(2 * (X > 0.5) - 1.0, Y, eps=0.1)
+    with pytest.raises(ConfigError, match=r"x holds torch.uint8; inputs are floats in \[0, 1\]"):
+        tl.OverfittingAlarm((255 * X).to(torch.uint8), Y, eps=0.1)
     with pytest.raises(ConfigError, match="label 2"):
         tl.OverfittingAlarm(X, Y, eps=0.1).update(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 0)
     one, frozen = alarm(), network()

@@ -72,19 +72,18 @@ def test_the_weights_before_the_alarm_are_kept_judged_and_told_of(
     assert looks[4]["alarm/threshold"] == 0.65
     path = tmp_path / "run" / "checkpoints" / "before-alarm.safetensors"
     kept, metadata = read_tensors(path)
-    # Each time that it is raised: the first may have been a false alarm.
+    # Those of the first: after it they may be of a network that is lost already.
     assert said.lines == [
-        f"alarm at epoch {now}: catastrophic overfitting may begin; "
-        f"the weights of epoch {before} are kept in {path}"
-        for now, before in (("1.33", "1"), ("2.67", "2.33"))
+        f"alarm at epoch 1.33: catastrophic overfitting may begin; the weights of epoch 1 are kept in {path}",
+        "alarm at epoch 2.67: catastrophic overfitting may begin",
     ]
-    assert metadata["step"] == 7
-    then = read_tensors(path.with_name("step-7.safetensors"))[0]
+    assert metadata["step"] == 3
+    then = read_tensors(path.with_name("step-3.safetensors"))[0]
     assert all(torch.equal(tensor, then[name]) for name, tensor in kept.items())
     judged = {line["checkpoint"] for line in record.evaluations}
     assert judged == {"best", "last", "before-alarm"}
     again = evaluate(tmp_path / "run", attacks=("none",), checkpoints=("before-alarm",), test_size=20)
-    assert [line["epoch"] for line in again] == pytest.approx([7 / 3])
+    assert [line["epoch"] for line in again] == pytest.approx([1])
 
 
 def test_an_alarm_that_only_watches_changes_nothing(tmp_path: Path) -> None:
@@ -128,6 +127,9 @@ def test_looks_are_at_the_eps_of_their_step(tmp_path: Path, monkeypatch: pytest.
     train(config, tmp_path / "run")
     # Nine steps; a thousandth at the first.
     assert seen == pytest.approx([0.0002, *(0.2 * min(1, 2 * step / 9) for step in range(1, 9))])
+    seen.clear()
+    train(single_step("--method=fgsm", *LOOKS, "--eps=0.2", "--method.eps=0.3"), tmp_path / "own")
+    assert seen == pytest.approx([0.3] * 9)
 
 
 @pytest.mark.parametrize("average", [(), ("--training.ema_decay=0.9",)])
@@ -183,6 +185,37 @@ def test_spectral_is_one_step_and_two_while_the_alarm_is_raised(tmp_path: Path) 
     assert (on.method["name"], on.switch.rule, on.alarm.every) == ("fgsm_rs", "alarm", 25)
     own = load_config("digits", ["--method=n_fgsm", "--switch.rule=alarm", "--alarm.every=50"])
     assert (own.method["name"], own.alarm.every, own.switch.to["name"]) == ("n_fgsm", 50, "pgd")
+
+
+def test_what_steers_by_the_alarm_is_taken_and_left_from_a_run_folder_too(tmp_path: Path) -> None:
+    folders = {}
+    for name, method in (("plain", "fgsm_rs"), ("steered", "spectral")):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        config = load_config("digits", [f"--method={method}"])
+        (folders[name] / "config.yaml").write_text(dump(config))
+    steered = load_config(folders["plain"], ["--method=spectral"])
+    assert steered == load_config(folders["steered"])
+    assert (steered.alarm.every, steered.alarm.threshold) == (25, 0.75)
+    plain = load_config(folders["steered"], ["--switch.rule=none"])
+    assert plain == load_config(folders["plain"])
+    assert (plain.alarm.every, plain.alarm.threshold) == (None, 0.65)
+    own = load_config(folders["plain"], ["--method=spectral", "--alarm.threshold=0.5"])
+    assert (own.alarm.every, own.alarm.threshold) == (25, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        ((), 0.625),
+        (("--switch.to.num_steps=10",), 0.25),
+        (("--switch.to=trades",), 0.25),
+        (("--switch.to=pgd", "--switch.to.num_steps=2"), 0.625),
+    ],
+)
+def test_two_steps_are_long_and_more_are_not(words: Sequence[str], share: float) -> None:
+    to = load_config("digits", ["--method=spectral", "--eps=0.2", *words]).switch.to
+    assert to["step_size"] == pytest.approx(share * 0.2)
 
 
 @pytest.mark.parametrize(

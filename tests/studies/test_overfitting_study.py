@@ -14,7 +14,16 @@ from tangentlab.studies import overfitting, overfitting_signals
 from tangentlab.studies.claims import Verdict
 from tangentlab.studies.overfitting import STUDY, TIERS, Tier
 from tangentlab.studies.overfitting_signals import COSTS, SIGNALS
-from tangentlab.studies.overfitting_watches import Chosen, Seen, Watch, choose, fate, folds, seen_runs
+from tangentlab.studies.overfitting_watches import (
+    Chosen,
+    Seen,
+    Watch,
+    choose,
+    detection,
+    fate,
+    folds,
+    seen_runs,
+)
 from tiny import TINY
 
 Line = dict[str, Any]
@@ -112,7 +121,7 @@ def planted(collapse: float | None, seed: int, number: int, **changed: Any) -> l
     return lines
 
 
-SEEDS = range(2, 12)
+SEEDS = range(3, 13)
 
 
 @pytest.fixture
@@ -183,7 +192,7 @@ def test_the_shipped_alarm_is_judged_by_when_it_spoke_itself(values: list[Line])
 
 
 def test_no_seed_is_judged_by_its_own_choice_and_those_of_tuning_not_at_all(values: list[Line]) -> None:
-    seeds = [seed for seed, *_ in folds([*values, *planted(20.5, 0, 0), *planted(None, 1, 0)])]
+    seeds = [seed for seed, *_ in folds([*values, *planted(20.5, 0, 0), *planted(None, 2, 0)])]
     assert seeds == list(SEEDS)
     # On seed 5 another signal is the better one; only there would it be chosen.
     odd = [
@@ -214,6 +223,9 @@ def test_no_seed_is_judged_by_its_own_choice_and_those_of_tuning_not_at_all(valu
         ([1.0, 0.4, 0.4], [0.9, 0.12, 0.1], False),  # at one look, and more
         ([1.0, -0.1, 0.4], [0.9, 0.3, 0.1], True),  # nothing is left of it
         ([1.0, 0.9, 0.9], [0.9, 0.8, 0.8], None),
+        ([0.4, 0.4, 0.4], [0.4, 0.1, 0.1], False),  # it never was above
+        ([0.4, 0.4, 0.4], [0.1, 0.1, 0.1], None),  # nor was the other
+        ([0.4, 0.6, 0.4], [0.1, 0.1, 0.1], True),
     ],
 )
 def test_which_factor_goes_first(kernel: list[float], share: list[float], first: bool | None) -> None:
@@ -236,7 +248,7 @@ def test_fates() -> None:
 
 
 def test_the_factors_about_a_collapse_are_derived(values: list[Line]) -> None:
-    lines = [line for line in STUDY.derive(values) if line["what"] == "factors" and line["seed"] == 2]
+    lines = [line for line in STUDY.derive(values) if line["what"] == "factors" and line["seed"] == 3]
     by_when = {line["when"]: line for line in lines}
     assert list(by_when) == ["over 8 before", "4 to 8", "2 to 4", "1 to 2", "the last", "after"]
     assert by_when["over 8 before"]["derivative_share"] == pytest.approx(0.9)
@@ -294,8 +306,21 @@ def test_a_run_that_lies_above_from_the_start_is_not_warned_of() -> None:
     assert Seen(0, "pgd", 10.0, None, epochs, lines).exceeds(chosen)  # of a quiet run it is a false alarm
 
 
+def test_a_collapse_before_the_first_look_that_counts_was_missed() -> None:
+    def run(collapse: float | None, *values: float) -> Seen:
+        lines = [{"gradient_norm": value} for value in values]
+        return Seen(3, "fgsm", 10.0, collapse, [1.0, 2.0, 3.0], lines)
+
+    found = [run(2.5, 1.0, 2.0, 2.0), run(0.9, 2.0, 2.0, 2.0), run(None, 0.5, 0.5, 0.5)]
+    seen = detection(Watch("gradient_norm", "level", 1), found)
+    assert seen is not None
+    area, points = seen
+    assert area == 0.5
+    assert points[0] == (0.0, 0.5)
+
+
 def test_runs_that_never_learned_are_left_out() -> None:
-    assert seen_runs(planted(None, 2, 1, robust_accuracy=[0.1] * 40)) == []
+    assert seen_runs(planted(None, 3, 1, robust_accuracy=[0.1] * 40)) == []
 
 
 def test_a_threshold_lets_few_of_the_quiet_single_step_runs_speak() -> None:

@@ -138,14 +138,16 @@ def test_values_of_runs_that_were_trained_otherwise_are_refused(
     assert read_values(tmp_path) == before
 
 
-def test_values_that_do_not_say_what_they_were_trained_with_are_gone_on_with(
+def test_values_that_do_not_say_what_they_were_trained_with_are_refused(
     measured: list[str], tmp_path: Path
 ) -> None:
     run_study("evolution", tmp_path, tier=0, seeds=[0])
+    assert list(read_configs(tmp_path)) == ["tiny-0"]
     (tmp_path / "configs.jsonl").unlink()
-    run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
+    with pytest.raises(ConfigError, match="does not say what tiny-0 was trained with; give another --out"):
+        run_study("evolution", tmp_path, tier=0, seeds=[0, 1])
+    run_study("evolution", tmp_path, tier=0, seeds=[1])
     assert measured == ["tiny-0", "tiny-1"]
-    assert list(read_configs(tmp_path)) == ["tiny-1"]
 
 
 def test_packed_values_that_were_cut_are_named(tmp_path: Path) -> None:

@@ -250,9 +250,10 @@ def test_what_is_trained_on_is_in_the_ball_and_the_box(method: Adversarial) -> N
         model.seen.clear()
         run(state, method, steps)
         clean = batch((steps - 1) // method.replays).x
-        for x in model.seen:
-            assert x.min() >= 0
-            assert x.max() <= 1
+        for number, x in enumerate(model.seen):
+            if not (isinstance(method, GradAlignTraining) and number == 1):  # the noise of its penalty
+                assert x.min() >= 0
+                assert x.max() <= 1
             bound = method.attack.bound if isinstance(method, NFGSMTraining) else EPS
             assert (x - clean).abs().max() <= bound + 1e-6
     assert (model.seen[-1] - clean).abs().max() > 0.5 * EPS
@@ -375,6 +376,23 @@ def test_label_smoothing_is_torchs(method: Method) -> None:
         x = drawn.x if isinstance(method, Standard) else _trained_on(smooth, drawn)
         expected = F.cross_entropy(Counting().train()(x), drawn.y, label_smoothing=0.3)
         assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_grad_align_is_equation_5_with_noise_that_may_leave_the_box() -> None:
+    method, drawn, model = GradAlignTraining(0.3, alignment=2.0), batch(0), Counting().train()
+    found = loss_of(method, model, drawn)
+    noise = (2 * torch.rand(drawn.x.shape, generator=generator(1, "m")) - 1) * 0.3
+    assert ((drawn.x + noise < 0) | (drawn.x + noise > 1)).any()
+    reference = Counting().train()
+    gradients = []
+    for point in (drawn.x, drawn.x + noise):
+        leaf = point.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(reference(leaf), drawn.y, reduction="sum"), leaf)
+        gradients.append(gradient.flatten(1))
+    crafted = (drawn.x + 0.3 * gradients[0].reshape(drawn.x.shape).sign()).clamp(0, 1)
+    penalty = 1 - F.cosine_similarity(*gradients).mean()
+    expected = F.cross_entropy(reference(crafted), drawn.y) + 2.0 * penalty
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_an_average_of_the_weights_is_kept_saved_and_judged(tmp_path) -> None:

@@ -27,6 +27,7 @@ from tangentlab.attacks.threat import (
     check_count,
     check_eps,
     check_generator,
+    check_inputs,
     check_norm,
     crafting,
     lengths,
@@ -358,11 +359,7 @@ def _check_points(x: Tensor, y: Tensor) -> None:
         raise ConfigError(
             f"x has shape {list(x.shape)} and y {list(y.shape)}; y must be [n], and n at least 1"
         )
-    low, high = float(x.min()), float(x.max())
-    if not (low >= 0 and high <= 1):
-        raise ConfigError(
-            f"x lies in [{low:g}, {high:g}]; inputs are in [0, 1], normalisation belongs in the model"
-        )
+    check_inputs(x)
 
 
 def _check_precision(model: nn.Module, x: Tensor) -> torch.device:

@@ -80,6 +80,17 @@ def check_eps(eps: float, name: str = "eps", *, norm: str = "linf") -> None:
         raise ConfigError(f"{name}={eps:g} is out of range (0, 1]{hint}")
 
 
+def check_inputs(x: Tensor) -> None:
+    """Raise ConfigError unless x, of at least one example, holds numbers in [0, 1]."""
+    if not x.is_floating_point():
+        raise ConfigError(f"x holds {x.dtype}; inputs are floats in [0, 1]")
+    low, high = float(x.min()), float(x.max())
+    if not (low >= 0 and high <= 1):
+        raise ConfigError(
+            f"x lies in [{low:g}, {high:g}]; inputs are in [0, 1], normalisation belongs in the model"
+        )
+
+
 def check_norm(norm: str) -> None:
     """Raise ConfigError unless the norm is one of ``NORMS``."""
     if norm not in NORMS:
@@ -150,10 +161,15 @@ def uniform_start(x: Tensor, eps: float, generator: torch.Generator, norm: str =
     device, in fp32 for every precision.
     """
     if norm == "linf":
-        return (x + (2 * uniform(x, generator) - 1) * eps).clamp_(0.0, 1.0)
+        return (x + uniform_noise(x, eps, generator)).clamp_(0.0, 1.0)
     radius = randomness.drawn(_uniform, (len(x),), generator)
     radius = radius.pow(1 / max(x[0].numel(), 1)).to(x) if len(x) else radius.to(x)
     return (x + eps * per_example(radius, x) * steepest(gaussian(x, generator), norm)).clamp_(0.0, 1.0)
+
+
+def uniform_noise(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    """U(−eps, eps) of x's shape, not clipped to the box."""
+    return (2 * uniform(x, generator) - 1) * eps
 
 
 def uniform(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tangentlab import randomness
 from tangentlab.attacks import Attack
+from tangentlab.attacks.threat import check_inputs
 from tangentlab.errors import ConfigError, KernelError
 from tangentlab.files import under
 from tangentlab.probes import watched
@@ -137,6 +138,8 @@ class LazySwitch:
         self.cost = 0
         self.phase = FULL
         self._held_out = None if held_out is None else watched.own(*held_out)
+        if self._held_out is not None:
+            check_inputs(self._held_out[0])
         self._inputs = "clean" if attack is None else "crafted"
         self._attack, self._guard = attack, guard
         self._probe = KernelProbe(

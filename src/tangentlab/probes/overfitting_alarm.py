@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tangentlab.attacks.threat import check_eps
+from tangentlab.attacks.threat import check_eps, check_inputs
 from tangentlab.errors import ConfigError
 from tangentlab.probes import watched
 from tangentlab.probes.signals import one_and_two_steps, update_products
 
 COST = 4 + 2 * 3  # passes an example: FGSM and PGD in two steps, and the loss's gradient on either
 POOLED = 3  # looks that are pooled, each at another part of the examples
-# Of 0.3, 0.35, ... the most collapses spoken before, less quiet runs spoken in: benchmarks/alarm_looks.py.
+# Of 0.3, 0.35, ... the largest share of collapses spoken before, less that of quiet runs spoken in:
+# benchmarks/alarm_looks.py.
 THRESHOLD = 0.65
 
 
@@ -55,7 +56,7 @@ class OverfittingAlarm:
     threshold.
 
     Args:
-        x, y: [n, ...] in [0, 1] and [n], n ≥ 3: examples, of those that are trained on or others, in an order
+        x, y: [n, ...] in [0, 1] and [n], n ≥ 3; examples, of those that are trained on or others, in an order
             that mixes the classes.
         eps: radius of the linf ball that is trained in.
         threshold: in (0, 1). A network that has not learned yet has a share near 1.
@@ -69,6 +70,7 @@ class OverfittingAlarm:
 
     def __init__(self, x: Tensor, y: Tensor, *, eps: float, threshold: float = THRESHOLD) -> None:
         self.x, self.y = watched.own(x, y)
+        check_inputs(self.x)
         if len(x) < POOLED:
             raise ConfigError(f"x holds {len(x)} examples; the alarm looks at a third of them at a time")
         check_threshold(threshold)

@@ -43,7 +43,7 @@ def placed(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise KernelError("the model has no parameters: the kernel has nothing to be taken over")
     x = x.to(parameter.device)
     x = x.to(parameter.dtype) if x.is_floating_point() else x
-    with modes.evaluation(model), torch.no_grad():
+    with seen_plainly(model, x.device), torch.no_grad():
         output = model(x[:1])
     if not isinstance(output, Tensor) or output.dim() != 2:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -55,9 +55,12 @@ def placed(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def seen_plainly(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """In evaluation mode and full precision, whatever the caller's context is."""
+    """In evaluation mode and full precision, whatever the caller's context is; buffers and global random
+    state, which a model may touch there, come back as they were."""
     with (
         modes.evaluation(model),
+        modes.buffers_kept(model),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(False),
         torch.autocast(device.type, enabled=False),
     ):

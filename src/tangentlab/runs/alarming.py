@@ -30,8 +30,9 @@ class Alarming:
     """Looks every ``every`` steps, at the eps of the step; while the alarm is raised ``instead`` makes the
     steps, where there is one.
 
-    Each time that the alarm is raised the weights of the last quiet look are kept as a checkpoint, in the
-    place of those kept before, and the user is told. With ``restore`` training also goes back to that look.
+    Each time that the alarm is raised the user is told; the first time the weights of the last quiet look are
+    kept as a checkpoint, for what lies between later alarms may be lost already. With ``restore`` training
+    also goes back to the last quiet look.
     Where the alarm steers, its cost is the training's. Of several processes the first looks and tells the
     others.
     """
@@ -94,7 +95,7 @@ class Alarming:
         )
         if quiet and raised:
             self._speak(state, log)
-        elif not raised:
+        elif self.alarm.spoke_at is None:
             self.kept = {name: tensor.detach().clone() for name, tensor in judged_weights(state).items()}
             self.kept_at = state.step
         if self.restore and not raised:

@@ -217,11 +217,16 @@ def build_probe(config: RunConfig, examples: Examples) -> KernelProbe | None:
     )
 
 
+def trained_eps(config: RunConfig) -> float:
+    """The radius that the method trains in, before any schedule; of one without, the run's."""
+    return float(config.method.get("eps", config.eps))
+
+
 def build_alarm(config: RunConfig, examples: Examples) -> OverfittingAlarm:
     """The alarm on class-balanced training examples."""
     return OverfittingAlarm(
         *_watched(config, examples, config.alarm.size),
-        eps=config.eps,
+        eps=trained_eps(config),
         threshold=config.alarm.threshold,
     )
 

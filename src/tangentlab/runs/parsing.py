@@ -21,7 +21,7 @@ import yaml
 from tangentlab.errors import ConfigError, ModelError, TangentlabError, first_line, nearest, unknown_choice
 from tangentlab.models import model_class
 from tangentlab.records import SCHEMA
-from tangentlab.runs.config import RunConfig, SwitchConfig
+from tangentlab.runs.config import AlarmConfig, RunConfig, SwitchConfig
 from tangentlab.training import METHODS, Method
 
 # The parts of a RunConfig: fixed sections, and those whose settings depend on a name.
@@ -32,6 +32,7 @@ NAMED_SWITCHES = {"lazy": ("pgd", "kernel"), "spectral": ("fgsm_rs", "alarm")}
 SWITCHED_TO = {"fixed": "atta", "kernel": "atta", "alarm": "pgd"}
 # Of the alarm, where the rule alarm leaves them open: to steer it is raised earlier than to warn.
 STEERING_ALARM = {"every": 25, "threshold": 0.75}
+ALARM_STEPS = 2  # of PGD, while the alarm is raised
 # What a model's constructor is given by the data set and not by the configuration.
 FROM_DATA = {"input_shape", "num_classes"}
 PLAIN = (int, float, str, list, tuple, type(None))
@@ -61,9 +62,9 @@ def load_config(
         ConfigError: no such file, unknown key, wrong type, out of range.
     """
     values, over = read_yaml(source), _expanded(parse_overrides(overrides))
-    asked = _group(over, "switch.rule")
-    if asked != {} and "none" in (asked, _rule(values)):
-        values = _unswitched(values)
+    asked, before = _group(over, "switch.rule"), _rule(values)
+    if asked not in ({}, before):
+        values = _unruled(values, {asked, before})
     return resolve(merge(_underived(values, over), over), allow_import=allow_import)
 
 
@@ -163,7 +164,7 @@ def config_parser(values: Mapping[str, Any], *, allow_import: Iterable[str] = ()
         _add_method(parser, values, "switch.to", SWITCHED_TO[rule], _described(SwitchConfig)["to"])
         derived = parser.get_defaults()
         if derived["switch.to.name"] == "pgd" and rule == "alarm":
-            parser.set_defaults({"switch.to.num_steps": 2})
+            parser.set_defaults({"switch.to.num_steps": ALARM_STEPS})
         if derived["switch.to.name"] == "atta":  # it goes on from what the method kept, and in its way
             own = {"switch.to.reset_epochs": None, "method.keep_perturbations": True}
             for name in ("crafting_statistics", "buffer_updates"):
@@ -189,7 +190,7 @@ def _add_method(parser: Any, values: Mapping[str, Any], group: str, default: str
     if "step_size" in open_settings:
         own = _group(values, group).get("eps", eps)
         # What is no number is refused when the values are parsed.
-        share = _step_share(group, _rule(values))
+        share = _step_share(values, group)
         parser.set_defaults({f"{group}.step_size": share * own if isinstance(own, int | float) else 0.0})
 
 
@@ -199,9 +200,11 @@ def _rule(values: Mapping[str, Any]) -> str:
     return rule if isinstance(rule, str) else "none"
 
 
-def _step_share(group: str, rule: str) -> float:
-    """A method's step_size over its eps, where it is left open."""
-    return 0.625 if (group, rule) == ("switch.to", "alarm") else 0.25
+def _step_share(values: Mapping[str, Any], group: str) -> float:
+    """A method's step_size over its eps, where it is left open; two steps have to get across the ball."""
+    to = {"name": SWITCHED_TO["alarm"], "num_steps": ALARM_STEPS, **_group(values, group)}
+    steered = group == "switch.to" and _rule(values) == "alarm"
+    return 0.625 if steered and (to["name"], to["num_steps"]) == ("pgd", ALARM_STEPS) else 0.25
 
 
 def _add_chosen(parser: Any, group: str, name: str, chosen: Any, described: str) -> None:
@@ -289,11 +292,11 @@ def _underived(values: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any
     eps = _numbers("eps", values.get("eps", RunConfig.eps))
     found = dict(values)
     if isinstance(values.get("method"), Mapping):
-        share = _step_share("method", _rule(values))
+        share = _step_share(values, "method")
         found["method"] = _underived_method(values["method"], share, eps, over, over.get("method", {}))
     switch = values.get("switch")
     if isinstance(switch, Mapping) and isinstance(switch.get("to"), Mapping):
-        share = _step_share("switch.to", _rule(values))
+        share = _step_share(values, "switch.to")
         to = _underived_method(switch["to"], share, eps, over, _group(over, "switch.to"))
         found["switch"] = {**switch, "to": to}
     return found
@@ -331,12 +334,21 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "switch": switch} if switch else found
 
 
-def _unswitched(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` without what follows from whether there is a switch, before it is turned on or off."""
+def _unruled(values: Mapping[str, Any], rules: set[str]) -> dict[str, Any]:
+    """``values`` without what follows from the switch's rule, before it changes from one to another."""
     found = dict(values)
-    for section, dropped in (("switch", "to"), ("method", "keep_perturbations")):
+    dropped: dict[str, Mapping[str, Any]] = {}
+    if "none" in rules:
+        for section, name in (("switch", "to"), ("method", "keep_perturbations")):
+            dropped[section] = {name: _group(values, f"{section}.{name}")}
+    if "alarm" in rules:
+        own = STEERING_ALARM if _rule(values) == "alarm" else vars(AlarmConfig())
+        dropped["alarm"] = {name: own[name] for name in STEERING_ALARM}
+    for section, derived in dropped.items():
         if isinstance(values.get(section), Mapping):
-            found[section] = {key: value for key, value in values[section].items() if key != dropped}
+            found[section] = {
+                key: value for key, value in values[section].items() if (key, value) not in derived.items()
+            }
     return found
 
 

@@ -15,6 +15,7 @@ from tangentlab.runs.build import (
     eps_factor,
     learning_rate,
     method_schedule,
+    trained_eps,
 )
 from tangentlab.runs.config import RunConfig
 from tangentlab.runs.hooks import Display, Log, Remembering, timed
@@ -90,11 +91,11 @@ def build_controller(
         )
     if config.alarm.every is None:
         return controller
-    radius = eps_factor(config, steps)
+    eps, radius = trained_eps(config), eps_factor(config, steps)
     return Alarming(
         build_alarm(config, examples),
         config.alarm.every,
-        lambda step: config.eps * radius(step),
+        lambda step: eps * radius(step),
         controller,
         other if rule == "alarm" else None,
         config.alarm.restore,

@@ -211,9 +211,9 @@ COLLAPSES = Claim(
 CURED = Claim(
     "cure/cured",
     "Training that the alarm turns to two steps learns and loses half of its robust accuracy at no "
-    "evaluation, in more than 80 % of the runs, at that eps and at the larger one.",
+    "evaluation, in more than 70 % of the runs, at that eps and at the larger one.",
     "share of the runs at whichever eps it is smaller",
-    0.8,  # twenty of twenty runs say no more
+    0.7,  # ten of ten runs say no more
     source=f"{PAPER}, with figures of ours",
 )
 COST = Claim(
@@ -254,7 +254,7 @@ STEERING = Claim(
 KEPT = Claim(
     "cure/kept",
     "Without a cure the alarm still keeps something: where FGSM training collapses, the weights of the look "
-    "before the alarm are more robust than the last ones by more than 10 points.",
+    "before the first alarm are more robust than the last ones by more than 10 points.",
     "robust accuracy before the alarm minus at the end, points, mean over the runs that collapse; 0 where it "
     "is silent",
     10.0,

@@ -99,7 +99,7 @@ def run_study(
 
     Raises:
         ConfigError: an unknown study, tier, run or precision, or ``out`` holds another study, or values of
-            runs that were trained otherwise.
+            runs that were trained otherwise or do not say how.
         InterruptedRunError: Ctrl-C; the same call goes on.
         TangentlabError: runs failed; the others are measured.
     """
@@ -128,7 +128,11 @@ def run_study(
         for seed in dict.fromkeys(seeds)
     }
     for run, config in (item for runs in of_seed.values() for item in runs.items()):
-        if run.name in known & trained_with.keys():
+        if run.name in known:
+            if run.name not in trained_with:
+                raise ConfigError(
+                    f"{folder} does not say what {run.name} was trained with; give another --out"
+                )
             check_same(trained_with[run.name], config, run)
     outcomes: list[Outcome] = []
     for runs in of_seed.values():

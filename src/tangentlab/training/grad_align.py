@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tangentlab.attacks import Passes
-from tangentlab.attacks.threat import check_eps, cross_entropies, project, uniform_start
+from tangentlab.attacks.threat import check_eps, cross_entropies, project, uniform_noise
 from tangentlab.training.method import Adversarial, Batch, Memory, Network, check_weight
 
 
 @dataclass(frozen=True)
 class GradAlignTraining(Adversarial):
     """L(θ) = mean CE(f(x*), y) + λ (1 − mean cos(∇ₓCE(x), ∇ₓCE(x + η))), x* = x + eps·sign ∇ₓCE(x), η uniform
-    in the ball.
+    in the ball, x + η not clipped.
 
     Only the gradient at x + η is differentiated. Examples one of whose gradients is zero are left out of the
     mean. BatchNorm: training mode; here the forward at x + η counts as crafting, and updates the buffers with
@@ -49,9 +49,8 @@ class GradAlignTraining(Adversarial):
         x = batch.x
         with self.crafting(network.bare):
             at_x = self._gradient(network, x, batch.y, differentiable=False)
-            at_start = self._gradient(
-                network, uniform_start(x, self.eps, generator), batch.y, differentiable=True
-            )
+            start = x + uniform_noise(x, self.eps, generator)
+            at_start = self._gradient(network, start, batch.y, differentiable=True)
         x_adv = project(x + self.eps * at_x.sign(), x, self.eps)
         self.keep(x_adv, batch, memory)
         loss = self.objective(network, batch, self.logits(network, x_adv))
