@@ -2,7 +2,7 @@
 
     python benchmarks/training/methods.py train RUNS --jobs 2      # what is finished is not run again
     python benchmarks/training/methods.py evaluate RUNS --jobs 2   # likewise
-    python benchmarks/training/methods.py collect RUNS results/training/methods.json
+    python benchmarks/training/methods.py collect RUNS results/training/methods.json  # with --rows in theirs
     python benchmarks/training/methods.py table results/training/methods.json
 
 Fashion-MNIST, 10,000 training images, a CNN of three convolutions, linf, eps = 0.1, 15 epochs: the shipped
@@ -78,7 +78,10 @@ def main() -> None:
             for folder, names, n in parts
         )
     else:
-        rows = [row(name, read_run(options.runs / f"{name}/seed-{seed}")) for name, seed in each(options)]
+        there = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
+        rows = [run for run in there if run["method"] not in options.rows]
+        rows += [row(name, read_run(options.runs / f"{name}/seed-{seed}")) for name, seed in each(options)]
+        rows.sort(key=lambda run: (ROWS.index(run["method"]), run["seed"]))
         found = {"schema": 1, "environment": environment(), "runs": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
