@@ -31,7 +31,7 @@ WATCHING = (
     f"--switch.rule=kernel --switch.threshold={THRESHOLD} --switch.resume=1"
 )
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-SETTLED = 4.0  # epochs: from here on the velocity is called level
+SETTLED = 4.0  # epochs: from here on the velocity is called level; the rate rises for three
 
 
 def main() -> None:
@@ -78,8 +78,8 @@ def row(seed: int, inputs: str, precision: Precision) -> dict[str, Any]:
 
 def lazy_at(epochs: list[float], shares: list[float], level: float) -> float | None:
     """When the rule would have switched at that threshold; None where it would not have."""
-    rows = zip(epochs[1:], pairwise(shares), strict=True)  # patience is two looks
-    return next((epoch for epoch, pair in rows if max(pair) < level), None)
+    rows = zip(pairwise(epochs), pairwise(shares), strict=True)  # patience is two looks
+    return next((there[1] for there, pair in rows if there[0] >= SETTLED and max(pair) < level), None)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,14 @@ def test_a_rate_that_rises_makes_no_kernel_lazy() -> None:
     model, one = Turning(), switch(patience=1)
     assert turned(model, one, [0, FAST, FAST, FAST, FAST, FAST], rates) == "ffffff"
     assert one.looks[-1].values["lazy_below"] == pytest.approx(0.3 * FAST / EVERY, rel=1e-4)
-    assert turned(Turning(), switch(patience=1), [0, FAST, FAST, SLOW], rates) == "fffc"
+
+
+def test_nothing_is_lazy_while_the_rate_rises() -> None:
+    rates = [RATE / 16, RATE / 4, RATE, RATE, RATE]
+    # The angle belongs to the rate before the look.
+    assert turned(Turning(), switch(patience=1), [0, FAST, SLOW, SLOW, SLOW], rates) == "ffffc"
+    assert turned(Turning(), switch(patience=2), [0, FAST, SLOW, SLOW, SLOW], rates) == "fffff"
+    assert turned(Turning(), switch(patience=1), [0, FAST, SLOW, SLOW, SLOW]) == "ffccc"
 
 
 def test_a_rate_that_fell_and_rose_again_is_held_against_what_it_was() -> None:

@@ -65,15 +65,16 @@ class LazySwitch:
     It begins with "full". By the kernel, with v the angle a step that the class kernels turned between two
     looks, η the mean learning rate of these steps, and v* the fastest so far, max vᵢ·min(1, √(η/ηᵢ)):
 
-    - full → cheap where v < ``threshold``·v* at ``patience`` looks in a row: the lazy stage;
+    - full → cheap where v < ``threshold``·v* at ``patience`` looks in a row, while the rate does not rise:
+      the lazy stage;
     - cheap → full where v > ``resume``·v* at ``patience`` looks in a row: the kernel learns again;
     - with ``return_on_drop``, cheap → full at the look after the learning rate fell to half or less from one
       call to the next. Smooth schedules fall so at their last steps alone.
 
     The root, since steps that jitter about a point turn the kernel in proportion to it, and a rate that falls
     is not to make it look lazy. A rate that rises leaves v* alone: early, the kernel turns as fast at small
-    rates, and would look lazy at the first large one. Call at every step, with the rate; where none was ever
-    given η is 1.
+    rates, and would look lazy at the first large one. Nor does it say that the kernel is lazy: a network that
+    warms up may rest before it learns. Call at every step, with the rate; where none was ever given η is 1.
 
     A kernel that cannot be measured (a network that has died has none) says nothing; the rest goes on.
 
@@ -235,6 +236,7 @@ class LazySwitch:
         """Why the phase changes now, or None; the levels that the evidence is held against join it."""
         velocity = values.get("velocity")
         rate = self._summed / self._calls if self._calls else self._rate or 1.0
+        rises = bool(self._seen) and rate > self._seen[-1][1] * (1 + 1e-9)
         if velocity is not None:
             self._seen.append([velocity, rate])
         fastest = max((v * math.sqrt(min(1.0, rate / r)) if r else v for v, r in self._seen), default=0.0)
@@ -243,8 +245,8 @@ class LazySwitch:
             values |= {"lazy_below": low, "learning_above": high}
             self._row = self._row + 1 if (velocity < low if self.phase == FULL else velocity > high) else 0
         if self.phase == FULL:
-            if self._fell_from and self.return_on_drop:
-                self._row = 0  # what was seen is from before the fall
+            if rises or (self._fell_from and self.return_on_drop):
+                self._row = 0  # what was seen before a fall says nothing of what is after it
             if self.at is None:
                 return f"the kernel's velocity fell below {low:.3g}" if self._row >= self.patience else None
             return f"step {self.at} is reached" if step >= self.at and not self._returned else None
