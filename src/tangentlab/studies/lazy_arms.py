@@ -213,7 +213,7 @@ def fixed_kind(to: str) -> str:
 
 REFERENCE, KERNEL_DECIDES, AVERAGED_KIND = "reference", "the kernel decides", "with EMA"
 RIVAL, OTHERWISE = "rival", "under other conditions"
-KINDS = (REFERENCE, *map(fixed_kind, (*FIXED, "trades-fewer")), RIVAL, KERNEL_DECIDES, AVERAGED_KIND)
+KINDS = (REFERENCE, *map(fixed_kind, FIXED), RIVAL, KERNEL_DECIDES, AVERAGED_KIND)
 
 
 def kind(arm: str) -> str:
@@ -227,5 +227,5 @@ def kind(arm: str) -> str:
     if arm.startswith("kernel"):
         return KERNEL_DECIDES
     if "-at-" in arm:
-        return fixed_kind(arm.partition("-at-")[0])
+        return fixed_kind(arm.removeprefix("trades-").partition("-at-")[0])
     return RIVAL
