@@ -332,3 +332,5 @@ def test_too_few_examples_are_named() -> None:
         tl.LazySwitch(X[:1], Y[:1], every=1)
     with pytest.raises(ConfigError, match="must hold examples"):
         tl.LazySwitch(X[:0], Y[:0], every=1)
+    with pytest.raises(ConfigError, match=r"x lies in \[-1, 1\]"):
+        tl.LazySwitch(2 * X - 1, Y, every=1, attack=tl.attacks.FGSM(0.1))

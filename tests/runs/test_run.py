@@ -150,6 +150,8 @@ def test_a_switch_that_could_never_act_is_refused(
 def test_a_section_takes_no_value(value: str) -> None:
     with pytest.raises(ConfigError, match="switch is a section, not a setting; its settings are switch.rule"):
         load_config("digits", ["--switch", value])
+    with pytest.raises(ConfigError, match="switch.rule"):
+        load_config("digits", ["--switch.rule", "[kernel]"])
 
 
 def test_lazy_is_pgd_with_the_kernels_switch_to_what_it_kept(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tangentlab import metrics, randomness
 from tangentlab.attacks import Attack
+from tangentlab.attacks.threat import check_inputs
 from tangentlab.errors import ConfigError, unknown_choice
 from tangentlab.kernels import ntk, sketched_ntk
 from tangentlab.kernels.memory import bytes_of
@@ -78,6 +79,8 @@ class KernelProbe:
             raise ConfigError(unknown_choice("kind", next(iter(set(kinds) - set(KINDS)), None), KINDS))
         self.x, self.y = watched.own(x, y)
         self.inputs: dict[str, Attack | None] = dict(inputs) if inputs else {"clean": None}
+        if any(attack is not None for attack in self.inputs.values()):
+            check_inputs(self.x)
         for name in self.inputs:
             if not name or set(name) & set("/~") or name.endswith(ONCE):
                 raise ConfigError(f"inputs name {name!r} is empty, holds '/' or '~', or ends in '{ONCE}'")

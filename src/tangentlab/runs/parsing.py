@@ -63,7 +63,7 @@ def load_config(
     """
     values, over = read_yaml(source), _expanded(parse_overrides(overrides))
     asked, before = _group(over, "switch.rule"), _rule(values)
-    if asked not in ({}, before):
+    if isinstance(asked, str) and asked != before:
         values = _unruled(values, {asked, before})
     return resolve(merge(_underived(values, over), over), allow_import=allow_import)
 
