@@ -53,7 +53,7 @@ from tangentlab.studies.evolution_claims import (
     repetitions,
     verdicts,
 )
-from tangentlab.studies.study import Study, Values
+from tangentlab.studies.study import COLD, Study, Values
 from tangentlab.training import load_weights
 
 CONTROLS = ("standard", "fgsm_rs", "pgd")  # trained with a constant rate too
@@ -77,7 +77,7 @@ WORDS: Mapping[int, Mapping[Place, str]] = {
         "--probe.every=4",
     },
     1: {
-        "images": "--model.widths=[8,16,32] --channels_last=true --data.validation_size=500 "
+        "images": f"{COLD} --model.widths=[8,16,32] --channels_last=true --data.validation_size=500 "
         "--evaluation.test_num_steps=20 --evaluation.test_size=500 --probe.size=40 --training.keep_every=7.5",
         "few": "--data.train_size=1000 --training.epochs=167 --training.keep_every=83.5 "
         "--evaluation.every=11.14 --probe.every=5.57",

@@ -41,7 +41,7 @@ from tangentlab.runs.again import LossTerm, Repeated, train_again
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import kept_checkpoints
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, measured
-from tangentlab.studies.study import Study
+from tangentlab.studies.study import COLD, Study
 from tangentlab.training import load_weights
 
 METHODS = ("standard", "fgsm", "n_fgsm", "pgd", "trades")
@@ -58,7 +58,7 @@ SCALED_ROWS = 5
 # Configuration, epochs, how PGD and TRADES craft, and what else differs.
 _TIERS: Mapping[int, tuple[str, int, tuple[str, ...], tuple[str, ...]]] = {
     0: ("digits", 11, ("--method.num_steps=10",), ()),
-    1: ("fashion-mnist", 15, ("--method.num_steps=10",), ()),
+    1: ("fashion-mnist", 15, ("--method.num_steps=10",), (COLD,)),
     2: (
         "cifar10-narrow",
         15,

@@ -42,7 +42,7 @@ from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import checkpoint_path, count_correct
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge_seeds
-from tangentlab.studies.study import Study, Values
+from tangentlab.studies.study import COLD, Study, Values
 from tangentlab.training import load_weights, recalibrate
 
 STEPS = 20  # of the evaluation's PGD, each eps/4
@@ -119,7 +119,7 @@ TIERS = {
         8,
         tuple(VARIANTS),
     ),
-    1: Tier("fashion-mnist", ("--training.epochs=15",), ALL, 2048, 1000, 1, tuple(VARIANTS)),
+    1: Tier("fashion-mnist", (COLD, "--training.epochs=15"), ALL, 2048, 1000, 1, tuple(VARIANTS)),
     2: Tier(
         "cifar10-narrow",
         ("--training.epochs=15",),

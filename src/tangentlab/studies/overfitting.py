@@ -60,7 +60,7 @@ from tangentlab.studies.overfitting_watches import (
     watch_noise,
     watch_worth,
 )
-from tangentlab.studies.study import Study, Values
+from tangentlab.studies.study import COLD, Study, Values
 from tangentlab.training import load_weights
 
 
@@ -94,7 +94,7 @@ TIERS = {
         "fashion-mnist",
         # At a rate of 0.02 collapses seldom last, at 0.1 networks die or hardly learn. At 0.05 FGSM training
         # collapses at eps 0.2 and not at 0.15; at 0.25 it never learns, and FGSM-RS does (2,000 images).
-        "--training.epochs=10 --training.batch_size=64 --training.schedule=constant "
+        f"{COLD} --training.epochs=10 --training.batch_size=64 --training.schedule=constant "
         "--training.learning_rate=0.05 --channels_last=true --data.validation_size=400",
         (0.15, 0.2, 0.25),
     ),

@@ -36,6 +36,9 @@ TIERS = {
     3: "CIFAR-10, PreActResNet-18",
 }
 
+# What tier 1 was studied with; the shipped configuration warms up since.
+COLD = "--training.warmup=0"
+
 Values = Mapping[str, Any]
 
 

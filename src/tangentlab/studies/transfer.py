@@ -45,7 +45,7 @@ from tangentlab.runs.build import Examples, build_attack, build_data, build_mode
 from tangentlab.runs.evaluation import count_correct, kept_checkpoints
 from tangentlab.runs.frozen import train_frozen
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge_seeds
-from tangentlab.studies.study import Study, Values
+from tangentlab.studies.study import COLD, Study, Values
 from tangentlab.training import load_weights
 
 METHODS = ("standard", "fgsm_rs", "pgd", "trades")
@@ -67,7 +67,8 @@ TIERS: Mapping[int, tuple[str, str, tuple[str, ...]]] = {
     ),
     1: (
         "fashion-mnist",
-        "--model.widths=[8,16,32] --channels_last=true --training.epochs=15 --training.keep_every=0.5",
+        f"{COLD} --model.widths=[8,16,32] --channels_last=true --training.epochs=15 "
+        "--training.keep_every=0.5",
         METHODS,
     ),
     2: ("cifar10-narrow", "--training.epochs=15 --training.keep_every=0.5", ("standard", "pgd")),
