@@ -58,15 +58,21 @@ def test_accuracies_find_the_planted_collapse(report: Report) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
-    [([0.0, 0.0, 0.0], "collapse at step 4.5, PGD"), ([0.4, 0.4, 0.4], "passing collapse at step 1.5, PGD")],
+    ("per_step", "zeros", "said"),
+    [
+        (None, 3, "collapse at step 4.5, PGD"),  # three evaluations
+        (None, 2, "passing collapse at step 1.5, PGD"),
+        (0.5, 4, "collapse at epoch 2.25, PGD"),  # one and a half epochs
+        (0.5, 3, "passing collapse at epoch 0.75, PGD"),
+    ],
 )
 def test_a_fall_that_lasts_is_told_before_one_that_does_not(
-    end: list[float], said: str, tmp_path: Path
+    per_step: float | None, zeros: int, said: str, tmp_path: Path
 ) -> None:
     with Run.create(tmp_path / "run") as run:
-        for step, robust in enumerate([0.4, 0.4, 0.0, 0.4, 0.4, *end]):
-            run.write(Measurement(step, {"fgsm_accuracy": 0.8, "robust_accuracy": robust}))
+        for step, robust in enumerate([0.4, 0.4, 0.0, 0.4, 0.4, *[0.0] * zeros]):
+            at = {} if per_step is None else {"epoch": step * per_step}
+            run.write(Measurement(step, {**at, "fgsm_accuracy": 0.8, "robust_accuracy": robust}))
     told = figures.accuracies(_read(tmp_path / "run")).finding.parts[0].text
     assert told.startswith(said)
 

@@ -137,8 +137,11 @@ class Subject:
 
     @property
     def lasting(self) -> float:
-        """From when on a collapse is a lasting one; a run that tells no epochs tells nothing of it."""
-        return LASTING_EPOCHS if self.axis == "epoch" else 0.0
+        """From when on a collapse is a lasting one: of a run that tells no epochs, three evaluations."""
+        if self.axis == "epoch":
+            return LASTING_EPOCHS
+        times = self.curve("robust_accuracy").x
+        return 2 * float(np.median(np.diff(times))) if len(times) > 1 else 0.0
 
     @property
     def classes(self) -> int | None:
