@@ -338,10 +338,10 @@ def _unruled(values: Mapping[str, Any], rules: set[str]) -> dict[str, Any]:
     """``values`` without what follows from the switch's rule, before it changes from one to another."""
     found = dict(values)
     dropped: dict[str, Mapping[str, Any]] = {}
-    if "none" in rules:
+    if "none" in rules:  # whatever they are
         for section, name in (("switch", "to"), ("method", "keep_perturbations")):
             dropped[section] = {name: _group(values, f"{section}.{name}")}
-    if "alarm" in rules:
+    if "alarm" in rules:  # where they are what the rule before left open
         own = STEERING_ALARM if _rule(values) == "alarm" else vars(AlarmConfig())
         dropped["alarm"] = {name: own[name] for name in STEERING_ALARM}
     for section, derived in dropped.items():

@@ -121,7 +121,7 @@ def run_study(
         if wanted not in there:
             raise ConfigError(unknown_choice("run", wanted, there))
     _claim_folder(folder, study, tier, seeds, precision)
-    known, trained_with = {line["run"] for line in read_values(folder)}, read_configs(folder)
+    known = {line["run"] for line in read_values(folder)}
     of_seed = {
         seed: {
             folder / "runs" / key: replace(config, precision=precision)
@@ -130,13 +130,8 @@ def run_study(
         }
         for seed in dict.fromkeys(seeds)
     }
-    for run, config in (item for runs in of_seed.values() for item in runs.items()):
-        if run.name in known:
-            if run.name not in trained_with:
-                raise ConfigError(
-                    f"{folder} does not say what {run.name} was trained with; give another --out"
-                )
-            check_same(trained_with[run.name], config, run)
+    for runs in of_seed.values():
+        _check_trained_alike(folder, {run: config for run, config in runs.items() if run.name in known})
     outcomes: list[Outcome] = []
     for runs in of_seed.values():
         left = [run for run in runs if run.name not in known]
@@ -161,6 +156,15 @@ def run_study(
         _judge(folder, environment())
     check_outcomes(outcomes)
     return _judge(folder)
+
+
+def _check_trained_alike(folder: Path, runs: Mapping[Path, RunConfig]) -> None:
+    """Raise ConfigError where values are of a run that was trained otherwise, or do not say how."""
+    trained_with = read_configs(folder)
+    for run, config in runs.items():
+        if run.name not in trained_with:
+            raise ConfigError(f"{folder} does not say what {run.name} was trained with; give another --out")
+        check_same(trained_with[run.name], config, run)
 
 
 def _judge(folder: Path, measured: dict[str, Any] | None = None) -> dict[str, Any]:
