@@ -18,7 +18,7 @@ import killed
 import pytest
 
 from tangentlab.errors import CheckpointError, ConfigError, InterruptedRunError, RunFolderError
-from tangentlab.files import read_tensors
+from tangentlab.files import read_tensors, write_tensors
 from tangentlab.records import read_run
 from tangentlab.runs import RunConfig, train
 from tangentlab.runs import hooks as hooks_module
@@ -211,3 +211,18 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config: Make, tmp_path: P
         CheckpointError, match="is a checkpoint of another model: features.3.weight has shape"
     ):
         train(tiny_config("--model.widths=[4,6]"), tmp_path / "b", resume=True)
+
+
+@pytest.mark.parametrize("name", ["probe/place", "switch/place", "alarm/alarm/place"])
+def test_a_checkpoint_whose_probe_is_another_versions_is_refused(
+    config: RunConfig, tmp_path: Path, name: str
+) -> None:
+    train(config, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "last.safetensors"
+    tensors, metadata = read_tensors(path)
+    tensors[f"extra/{name}"] = tensors[f"extra/{name}"][:-1].clone()
+    write_tensors(path, tensors, metadata)
+    before = contents(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=f"its {name.partition('/')[0]} is another version's; give"):
+        train(config, tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before

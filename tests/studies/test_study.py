@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tangentlab.cli import main
 from tangentlab.errors import ConfigError, RunFolderError, TangentlabError
@@ -136,6 +137,7 @@ def test_values_of_runs_that_were_trained_otherwise_are_refused(
         run_study("evolution", tmp_path, tier=0, seeds=[1, 0])
     assert measured == ["tiny-0"]
     assert read_values(tmp_path) == before
+    assert yaml.safe_load((tmp_path / "config.yaml").read_bytes())["seeds"] == [0]
 
 
 def test_values_that_do_not_say_what_they_were_trained_with_are_refused(

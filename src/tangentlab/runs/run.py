@@ -271,11 +271,15 @@ def _resume(folder: Path, state: TrainingState, checkpointing: Checkpointing | N
         return
     extra, tensors = load_checkpoint(path, state)
     if checkpointing is not None:
+        for name, one in checkpointing.remembering.items():
+            try:
+                one.load_state_dict(under(tensors, f"{name}/"))
+            except (IndexError, KeyError, ValueError) as error:
+                message = f"{path}: its {name} is another version's; give another --out"
+                raise CheckpointError(message) from error
         checkpointing.log.run.rewind(size=extra["metrics_size"], step=state.step)
         checkpointing.log.newest = extra["newest"]
         checkpointing.evaluation.best = extra["best"]
-        for name, one in checkpointing.remembering.items():
-            one.load_state_dict(under(tensors, f"{name}/"))
 
 
 def _finish(

@@ -120,7 +120,7 @@ def run_study(
     for wanted in only:
         if wanted not in there:
             raise ConfigError(unknown_choice("run", wanted, there))
-    _claim_folder(folder, study, tier, seeds, precision)
+    asked = _config(folder, study, tier, seeds, precision)
     known = {line["run"] for line in read_values(folder)}
     of_seed = {
         seed: {
@@ -132,6 +132,7 @@ def run_study(
     }
     for runs in of_seed.values():
         _check_trained_alike(folder, {run: config for run, config in runs.items() if run.name in known})
+    write_atomic(folder / "config.yaml", yaml.safe_dump(asked, sort_keys=False).encode())
     outcomes: list[Outcome] = []
     for runs in of_seed.values():
         left = [run for run in runs if run.name not in known]
@@ -218,7 +219,10 @@ def _append(path: Path, lines: Iterable[Values]) -> None:
     write_atomic(path, before + b"".join(json.dumps(finite(line)).encode() + b"\n" for line in lines))
 
 
-def _claim_folder(folder: Path, study: Study, tier: int, seeds: Sequence[int], precision: Precision) -> None:
+def _config(
+    folder: Path, study: Study, tier: int, seeds: Sequence[int], precision: Precision
+) -> dict[str, Any]:
+    """What config.yaml is to say; raises ConfigError where the folder holds another study."""
     asked = {"study": study.name, "tier": tier, "precision": precision}
     if (folder / "config.yaml").exists():
         there = _read_config(folder)
@@ -226,8 +230,7 @@ def _claim_folder(folder: Path, study: Study, tier: int, seeds: Sequence[int], p
             if there[name] != value:
                 raise ConfigError(f"{folder} holds {name} {there[name]!r}, not {value!r}; give another --out")
         seeds = sorted({*seeds, *there["seeds"]})
-    config = {"schema": SCHEMA, **asked, "seeds": list(seeds)}
-    write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    return {"schema": SCHEMA, **asked, "seeds": list(seeds)}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
