@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -340,3 +341,33 @@ def test_seeds_do_not_go_into_a_runs_own_folder(fails: Fails, tmp_path: Path) ->
     (tmp_path / "run" / "config.yaml").write_text("name: run\n")
     message = fails("train", "digits", "--out", tmp_path / "run", "--seeds", "0")
     assert "is a run's own folder; give another --out" in message
+
+
+FAULTS = """
+import resource, sys, torch
+from tangentlab.cli import main
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def batch():
+    return [torch.ones(20 << 18) for _ in range(4)]  # 20 MB each
+main()
+batch()
+before = faults()
+for _ in range(10):
+    batch()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_a_command_keeps_the_memory_of_a_batch_for_the_next(tmp_path: Path) -> None:
+    """Ten batches of 20,480 pages; what the environment says holds."""
+
+    def pages(**settings: str) -> int:
+        command = [sys.executable, "-c", FAULTS, "report", str(tmp_path / "none")]
+        environment = {**os.environ, **settings}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert pages() < 30_000
+    assert pages(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072") > 150_000

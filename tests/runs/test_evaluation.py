@@ -53,7 +53,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "BATCH", 20)
+    monkeypatch.setitem(evaluation.BATCH, "cpu", 20)
     monkeypatch.setattr(evaluation, "build_attacks", _with_small_autoattack(evaluation.build_attacks))
 
 
@@ -166,7 +166,7 @@ def test_a_killed_evaluation_ends_as_the_whole_one(run: Path, tmp_path: Path) ->
         "import os, signal, sys, torch\n"
         "torch.set_num_threads(1)\n"
         "from tangentlab.runs import evaluate, evaluation\n"
-        "evaluation.BATCH = 20\n"
+        "evaluation.BATCH['cpu'] = 20\n"
         "def kill(text):\n"
         "    if text.startswith('last, apgd: batch 2'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"

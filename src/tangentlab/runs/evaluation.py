@@ -42,7 +42,8 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     "autoattack": (),
 }
 DEFAULT_ATTACKS = ("none", "fgsm", "pgd")
-BATCH = 500
+# Points at a time: on a CPU no more than its caches hold, 1.2 to 2.6 times as fast as 500.
+BATCH = {"cpu": 125, "cuda": 500}
 
 Progress = Callable[[str], None]
 
@@ -57,7 +58,7 @@ def count_correct(
     """
     return sum(
         int((_codes(model, split, number, attack, seed=seed, device=device) == 0).sum())
-        for number in range(_count_batches(split))
+        for number in range(_count_batches(split, device))
     )
 
 
@@ -225,20 +226,19 @@ def _evaluate_points(
 ) -> Verdicts:
     """One attack on every point, batch by batch, from where the file stands."""
     device = next(model.parameters()).device
-    marks = evaluation_marks(
-        _settings(attack), model, split.images, split.labels, seed=seed, batch_size=BATCH
-    )
+    size = BATCH[device.type]
+    marks = evaluation_marks(_settings(attack), model, split.images, split.labels, seed=seed, batch_size=size)
     file = VerdictFile(path, marks)
     try:
         verdicts = file.read()
     except CheckpointError:  # another evaluation's
         verdicts = None
     verdicts = verdicts or Verdicts([None] * len(split))
-    batches = _count_batches(split)
+    batches = _count_batches(split, device)
     names = (None, CLEAN, name)
     for number in range(verdicts.done.get(name, 0), batches):
         codes = _codes(model, split, number, attack, seed=seed, device=device).tolist()
-        start = number * BATCH
+        start = number * size
         verdicts.broken_by[start : start + len(codes)] = [names[code] for code in codes]
         verdicts.done[name] = number + 1
         verdicts.finished = number + 1 == batches
@@ -258,6 +258,7 @@ def _run_autoattack(
             split.x(),
             split.labels,
             generator=stream,
+            batch_size=BATCH[next(model.parameters()).device.type],
             resume=path,
             progress=lambda text: progress(f", {text}"),
         )
@@ -276,7 +277,8 @@ def _codes(
     model: nn.Module, split: Split, number: int, attack: Attack | None, *, seed: int, device: torch.device
 ) -> Tensor:
     """Of each point of a batch: 0 still correct, 1 misclassified without an attack, 2 after it."""
-    part = slice(number * BATCH, (number + 1) * BATCH)
+    size = BATCH[device.type]
+    part = slice(number * size, (number + 1) * size)
     stream = randomness.generator(seed, "evaluation", number, device=device)
     with ExitStack() as stack:
         stack.enter_context(modes.evaluation(model))
@@ -302,8 +304,8 @@ def _wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return predicted != y
 
 
-def _count_batches(split: Split) -> int:
-    return -(-len(split) // BATCH)
+def _count_batches(split: Split, device: torch.device) -> int:
+    return -(-len(split) // BATCH[device.type])
 
 
 def _outcome(found: Verdicts | Evaluation) -> dict[str, Any]:
