@@ -61,9 +61,7 @@ def take(folder: Path, into: Path) -> str:
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     write_lines(out / "values.jsonl", lines)
     configs = read_configs(folder)
-    write_lines(
-        out / "configs.jsonl", [{"run": run, "config": configs[run]} for run in order if run in configs]
-    )
+    write_lines(out / "configs.jsonl", [configs[run] for run in order if run in configs])
     there = json.loads((folder / "study.json").read_bytes())["environment"]
     there["command"] = re.sub(r" --out \S+", "", there["command"])
     (out / "study.json").write_bytes(json_bytes({"environment": there}))

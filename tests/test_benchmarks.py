@@ -65,7 +65,7 @@ def test_a_study_under_way_is_kept_as_one_call_would_have_measured_it(tmp_path: 
         "".join(json.dumps({"run": run, "seed": int(run[-1])}) + "\n" for run in runs)
     )
     (folder / "configs.jsonl").write_text(
-        "".join(json.dumps({"run": run, "config": {"name": run}}) + "\n" for run in runs[:2])
+        "".join(json.dumps({"run": run, "config": {"name": run}, "commit": "a"}) + "\n" for run in runs[:2])
     )
     there = {"command": "tangentlab study cure --out somewhere/else --tier 0", "torch": "2"}
     (folder / "study.json").write_text(json.dumps({"environment": there}))
@@ -78,7 +78,9 @@ def test_a_study_under_way_is_kept_as_one_call_would_have_measured_it(tmp_path: 
     kept = tmp_path / "kept" / "cure-tier0"
     assert said == f"{kept}: seeds [0, 1], 3 values\n"
     assert [line["run"] for line in read_values(kept)] == [runs[2], runs[0], runs[1]]
-    assert list(read_configs(kept).items()) == [(run, {"name": run}) for run in runs[:2]]
+    assert [*read_configs(kept).values()] == [
+        {"run": run, "config": {"name": run}, "commit": "a"} for run in runs[:2]
+    ]
     assert json.loads((kept / "study.json").read_text()) == {
         "environment": {"command": "tangentlab study cure --tier 0", "torch": "2"}
     }

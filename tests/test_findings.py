@@ -53,4 +53,5 @@ def test_what_is_committed_was_trained_as_the_study_trains_now(folder: Path) -> 
     first = load_study(setting["study"]).runs(setting["tier"], setting["seeds"][:1])
     for run, config in first.items():
         if run in kept:
-            check_same(kept[run], replace(config, precision=setting.get("precision", "fp32")), folder / run)
+            precision = setting.get("precision", "fp32")
+            check_same(kept[run]["config"], replace(config, precision=precision), folder / run)

@@ -337,8 +337,11 @@ def read_values(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run key -> configuration of the runs that a study measured, from configs.jsonl.gz and configs.jsonl."""
-    return {line["run"]: line["config"] for line in _read_packed(folder, "configs.jsonl")}
+    """Run key -> {"run", "config", "commit"} of the runs that a study measured, commits where they are known.
+
+    From configs.jsonl.gz and configs.jsonl.
+    """
+    return {line["run"]: line for line in _read_packed(folder, "configs.jsonl")}
 
 
 def kernel_path(folder: Path, step: int) -> Path:

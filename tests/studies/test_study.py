@@ -15,7 +15,7 @@ import yaml
 
 from tangentlab.cli import main
 from tangentlab.errors import ConfigError, RunFolderError, TangentlabError
-from tangentlab.records import read_configs, read_run
+from tangentlab.records import environment, read_configs, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig
 from tangentlab.runs.display import ProgressDisplay
@@ -144,7 +144,9 @@ def test_values_that_do_not_say_what_they_were_trained_with_are_refused(
     measured: list[str], tmp_path: Path
 ) -> None:
     run_study("evolution", tmp_path, tier=0, seeds=[0])
-    assert list(read_configs(tmp_path)) == ["tiny-0"]
+    (told,) = read_configs(tmp_path).values()
+    assert (told["run"], told["config"]["name"]) == ("tiny-0", "digits-pgd")
+    assert told["commit"] == environment()["commit"]
     (tmp_path / "configs.jsonl").unlink()
     with pytest.raises(ConfigError, match="does not say what tiny-0 was trained with; give another --out"):
         run_study("evolution", tmp_path, tier=0, seeds=[0, 1])

@@ -274,7 +274,7 @@ def _resume(folder: Path, state: TrainingState, checkpointing: Checkpointing | N
         for name, one in checkpointing.remembering.items():
             try:
                 one.load_state_dict(under(tensors, f"{name}/"))
-            except (IndexError, KeyError, ValueError) as error:
+            except (IndexError, KeyError, TypeError, ValueError) as error:
                 message = f"{path}: its {name} is another version's; give another --out"
                 raise CheckpointError(message) from error
         checkpointing.log.run.rewind(size=extra["metrics_size"], step=state.step)

@@ -2,7 +2,7 @@
 
 STUDY/config.yaml   name, tier, seeds, precision     STUDY/runs/KEY/   the runs
 STUDY/values.jsonl  raw values, each with its run, method and seed; earlier ones in values.jsonl.gz, if there
-STUDY/configs.jsonl what each measured run was trained with; likewise
+STUDY/configs.jsonl what each measured run was trained with, and by which commit it was measured; likewise
 STUDY/study.json    the claims with their verdicts, a function of values.jsonl alone, and the figures to draw
 """
 
@@ -134,6 +134,7 @@ def run_study(
         _check_trained_alike(folder, {run: config for run, config in runs.items() if run.name in known})
     write_atomic(folder / "config.yaml", yaml.safe_dump(asked, sort_keys=False).encode())
     outcomes: list[Outcome] = []
+    commit = environment()["commit"]
     for runs in of_seed.values():
         left = [run for run in runs if run.name not in known]
         if not left:
@@ -150,7 +151,8 @@ def run_study(
         )
         for run, lines in zip(left, measured, strict=True):
             # First: a configuration without values is written again, and the later one holds.
-            _append(folder / "configs.jsonl", [{"run": run.name, "config": runs[run].to_dict()}])
+            told = {"run": run.name, "config": runs[run].to_dict(), "commit": commit}
+            _append(folder / "configs.jsonl", [told])
             _append(folder / "values.jsonl", lines)
             if display is not None:
                 display.note(f"{run.name}: measured")
@@ -165,7 +167,7 @@ def _check_trained_alike(folder: Path, runs: Mapping[Path, RunConfig]) -> None:
     for run, config in runs.items():
         if run.name not in trained_with:
             raise ConfigError(f"{folder} does not say what {run.name} was trained with; give another --out")
-        check_same(trained_with[run.name], config, run)
+        check_same(trained_with[run.name]["config"], config, run)
 
 
 def _judge(folder: Path, measured: dict[str, Any] | None = None) -> dict[str, Any]:
