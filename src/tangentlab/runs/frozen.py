@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -23,8 +25,10 @@ def train_frozen(
     batch_size: int,
     peak: float,
     seed: int,
-) -> None:
+) -> float:
     """Minimise the mean cross-entropy over δ, in place: momentum SGD, a rate that falls along half a cosine.
+
+    Returns the mean loss of the last tenth of the batches, each before its step.
 
     Args:
         network: its δ begins where it is.
@@ -39,11 +43,15 @@ def train_frozen(
     device = next(network.parameters()).device
     batches = Batches(split, batch_size=batch_size, seed=seed, augmentation=Augmentation(), device=device)
     optimizer = torch.optim.SGD(network.delta.parameters(), lr=peak, momentum=MOMENTUM)
+    losses = []
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = peak * cosine(step / steps)
         x, y, _ = batches.batch(step)
         if attack is not None:
             x = attack(network, x, y, generator=randomness.generator(seed, "frozen", step, device=device))
         optimizer.zero_grad()
-        F.cross_entropy(network(x), y).backward()
+        loss = F.cross_entropy(network(x), y)
+        loss.backward()
         optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses[-math.ceil(steps / 10) :]).mean())
