@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tangentlab.attacks import Square
@@ -67,7 +65,7 @@ def measured(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
     paths = transfer.moment_paths(folder, config)
     for network in (ended, model):
         transfer.load_moment(paths["end"], network, examples, "end")
-    points = examples.validation.select(torch.arange(min(transfer.POINTS, len(examples.validation))))
+    points = transfer.judged_points(examples)
     pgd = build_attack(config, num_steps=10)
 
     def row(network: nn.Module, **place: Any) -> dict[str, Any]:
@@ -83,8 +81,7 @@ def measured(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
         if method != config.name:
             continue
         epoch = transfer.load_moment(paths[moment], model, examples, moment)
-        left = math.ceil((config.training.epochs - epoch) * len(examples.train) / transfer.BATCH)
-        steps = left if whole else transfer.STEPS
+        steps = transfer.steps_for(config, examples, epoch, whole=whole)
         kernel = transfer.class_kernels(model, examples, config)
         frozen, loss = transfer.freeze(model, kernel, examples, config, offset=offset, kind=kind, steps=steps)
         rows.append(row(frozen, moment=moment, offset=offset, examples=kind, steps=steps, loss=loss))

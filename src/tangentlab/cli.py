@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next batch, in this process and in those that it starts.
 
-    Else each batch's activations are faulted in anew: 1.3 times the time of a small CNN's evaluation on a
-    CPU, 1.1 of its training. What the environment says already holds.
+    Else a CPU faults each batch's activations in anew. What the environment says already holds.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

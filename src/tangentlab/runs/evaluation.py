@@ -42,7 +42,7 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     "autoattack": (),
 }
 DEFAULT_ATTACKS = ("none", "fgsm", "pgd")
-# Points at a time: on a CPU no more than its caches hold, 1.2 to 2.6 times as fast as 500.
+# Points at a time; on a CPU more than its caches hold are slower.
 BATCH = {"cpu": 125, "cuda": 500}
 
 Progress = Callable[[str], None]
