@@ -107,6 +107,9 @@ def along(collapses: bool, *, lasting: bool = True) -> Line:
     }
 
 
+SEEDS = range(3, 13)
+
+
 def planted(seeds: range, **changed: tuple[float, float, bool]) -> list[Line]:
     lines = []
     for seed in seeds:
@@ -141,7 +144,7 @@ def verdicts(values: list[Line]) -> dict[str, Verdict]:
 
 
 def test_verdicts_on_planted_values() -> None:
-    found = verdicts(planted(range(13)))
+    found = verdicts(planted(SEEDS))
     assert {name: verdict.verdict for name, verdict in found.items()} == {
         "collapses": "supported",
         "cured": "supported",
@@ -153,7 +156,7 @@ def test_verdicts_on_planted_values() -> None:
         "kept": "supported",
     }
     assert found["kept"].effect == pytest.approx(15)
-    assert all(set(verdict.values) == set(range(3, 13)) for verdict in found.values())  # the others chose
+    assert all(set(verdict.values) == set(SEEDS) for verdict in found.values())
     assert found["best"].effect == pytest.approx(1)  # over PGD in two steps; GradAlign costs too much
     assert found["cost"].effect == pytest.approx(54 / 50)
     assert found["steering"].effect == pytest.approx(0.02)
@@ -162,7 +165,7 @@ def test_verdicts_on_planted_values() -> None:
 
 
 def test_a_cure_that_fails_is_refuted() -> None:
-    found = verdicts(planted(range(13), spectral=(20.0, 90.0, True)))
+    found = verdicts(planted(SEEDS, spectral=(20.0, 90.0, True)))
     assert [name for name, verdict in found.items() if verdict.verdict == "refuted"] == [
         "cured",
         "cost",
@@ -177,7 +180,7 @@ def test_a_cure_at_one_eps_is_none() -> None:
     for kept in (0.2, 0.3):
         lines = [
             line | along(True) if (line["arm"], line["eps"]) == ("spectral", kept) else line
-            for line in planted(range(13))
+            for line in planted(SEEDS)
         ]
         assert verdicts(lines)["cured"].verdict == "refuted"
 
@@ -186,23 +189,21 @@ def test_a_network_that_never_learned_is_not_cured_nor_one_that_dipped() -> None
     unlearned = {**along(False), "robust_accuracy": [0.0, 0.1, 0.1]}
     without_fgsm = {**along(True, lasting=False), "fgsm_accuracy": [0.0, 0.6, 0.6, 0.1, 0.6]}
     for changed in (unlearned, along(True, lasting=False), without_fgsm):
-        lines = [line | changed if line["arm"] == "spectral" else line for line in planted(range(13))]
+        lines = [line | changed if line["arm"] == "spectral" else line for line in planted(SEEDS)]
         assert verdicts(lines)["cured"].effect == 0
-    dips = [
-        line | along(True, lasting=False) if line["arm"] == "fgsm" else line for line in planted(range(13))
-    ]
+    dips = [line | along(True, lasting=False) if line["arm"] == "fgsm" else line for line in planted(SEEDS)]
     found = verdicts(dips)
     assert found["collapses"].verdict == "refuted"
     assert found["kept"].values == {}
 
 
 def test_what_was_not_run_is_not_judged() -> None:
-    few = [line for line in planted(range(13)) if line["arm"] in ("fgsm", "spectral")]
+    few = [line for line in planted(SEEDS) if line["arm"] in ("fgsm", "spectral")]
     found = verdicts(few)
     assert found["cured"].verdict == "supported"
     assert found["n-fgsm"].values == {}
     assert found["best"].values  # against FGSM alone
-    more = [line for line in planted(range(13)) if line["seed"] < 6 or line in few]
+    more = [line for line in planted(SEEDS) if line["seed"] < 6 or line in few]
     assert verdicts(more)["best"].values == pytest.approx(dict.fromkeys(range(3, 6), 1.0))
     one = verdicts([line for line in few if line["seed"] == 3])
     assert one["best"].values == {}

@@ -212,11 +212,6 @@ def test_the_fixed_point_is_chosen_on_the_other_seeds_among_those_that_cost_half
     assert verdicts([*lines, *planted(8, **{"stored-at-0.1": 61.0})])["kernel-knows"].values[8] < 0
 
 
-def test_the_seeds_that_set_the_levels_are_not_judged() -> None:
-    found = verdicts([line for seed in range(6) for line in planted(seed)])
-    assert set(found["stored"].values) == {5}
-
-
 def test_a_kernel_that_was_not_lazy_before_the_first_fall_says_nothing() -> None:
     lines = [*planted(5), *planted(6, switched=7.5)]
     lines += [{name: value for name, value in line.items() if name != "epoch"} for line in planted(7)]

@@ -191,9 +191,8 @@ def test_the_shipped_alarm_is_judged_by_when_it_spoke_itself(values: list[Line])
     assert found[overfitting.IN_TIME].effect == 1
 
 
-def test_no_seed_is_judged_by_its_own_choice_and_those_of_tuning_not_at_all(values: list[Line]) -> None:
-    seeds = [seed for seed, *_ in folds([*values, *planted(20.5, 0, 0), *planted(None, 2, 0)])]
-    assert seeds == list(SEEDS)
+def test_no_seed_is_judged_by_its_own_choice(values: list[Line]) -> None:
+    assert [seed for seed, *_ in folds(values)] == list(SEEDS)
     # On seed 5 another signal is the better one; only there would it be chosen.
     odd = [
         {**line, "cheap/input_top_mass": 1.0 + (line["epoch"] > 5) * (line["run"] == "fgsm-0-5")}

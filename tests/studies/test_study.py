@@ -83,8 +83,9 @@ def test_seeds_that_settings_were_chosen_on_are_left_out_or_named(
     display = ProgressDisplay()
     noted: list[str] = []
     monkeypatch.setattr(display, "note", noted.append)
-    run_study("evolution", tmp_path, tier=0, seeds=asked, display=display)
+    found = run_study("evolution", tmp_path, tier=0, seeds=asked, display=display)
     assert measured == [f"tiny-{seed}" for seed in asked or (1, 3, 4)]
+    assert set(found["claims"][0]["values"]) == {str(seed) for seed in asked or (1, 3, 4) if seed}
     told = [line for line in noted if "not judged" in line]
     assert told == ([] if asked is None else ["seed 0: for choosing settings on, and not judged"])
 

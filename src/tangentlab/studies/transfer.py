@@ -7,8 +7,8 @@ network, trained on them, forgets? Does the kernel of another method do? Beside 
 kernels are apart, how they align with their classes, kernel regression with the exact kernel, and
 adversarial examples that the kernel alone makes, transferred to the network.
 
-The lines of values.jsonl, by ``what``: "run", the network at a moment (of the runs that turn to other
-examples in the middle, at the end); "kernel" of a moment; "frozen", the linearised network after training,
+The lines of values.jsonl, by ``what``: "run", the network at a moment (of those that turned to other
+examples there, at their end); "kernel" of a moment; "frozen", the linearised network after training,
 with the mean loss of its last batches; "regression", δ = J(X)ᵀα with (Θ(X, X) + ridge) α = Y in float64,
 that of the untrained network too, its statistics those of clean inputs. Examples that the kernel makes are
 PGD-10's on the regression, no step of it looks at the outputs of the network that they are for, the one that
@@ -27,7 +27,7 @@ and time: a CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -47,8 +47,8 @@ from tangentlab.runs import RunConfig, load_config
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import count_correct, kept_checkpoints
 from tangentlab.runs.frozen import train_frozen
-from tangentlab.studies.claims import PAPER, Claim, Verdict, judge_seeds
 from tangentlab.studies.study import COLD, Study, Values
+from tangentlab.studies.transfer_claims import CLAIMS, judged
 from tangentlab.training import load_weights, recalibrate
 
 METHODS = ("standard", "fgsm_rs", "pgd", "trades")
@@ -58,6 +58,9 @@ MOMENTS = {"start": 0.0, "early": 1 / 15, "middle": 0.5, "settled": 0.6, "end": 
 # What PGD training turns to in the middle, the network as it is: by what the frozen ones train on.
 TURNED = {"clean": "standard", "one-step": "fgsm_rs"}
 OFFSETS = ("kept", "zero")
+# What is held against the network at a moment: it went on from there.
+THEN = "the network then"
+DRAWN = (THEN, *(f"{how}, then {kind}" for how, kind in product(("frozen", "not frozen"), TURNED)))
 
 # tier -> configuration, overrides, methods.
 _COMMON = (
@@ -90,101 +93,6 @@ CALIBRATED = 1000  # training examples whose statistics the untrained network ge
 # On 3 and 4 the rate was looked at; on 3 to 5 the claims were written anew.
 TUNING_SEEDS = (0, 1, 2, 3, 4, 5)
 
-LOO = "Loo et al. 2022, arXiv 2210.12030"
-SUFFICES = Claim(
-    "transfer/suffices",
-    "From the middle of PGD training on its frozen kernel suffices: trained on one-step examples it ends "
-    "less than 2 points less robust than the network.",
-    "robust accuracy of the network at the end minus that of the frozen one, offset kept, points",
-    2.0,
-    above=False,
-    source=PAPER,
-)
-SETTLED = Claim(
-    "transfer/settled",
-    "Once the learning rate has fallen PGD training's frozen kernel suffices: trained likewise it ends less "
-    "than 2 points less robust than the network.",
-    "robust accuracy of the network at the end minus that of the frozen one, offset kept, points",
-    2.0,
-    above=False,
-    source=PAPER,
-)
-LEARNS = Claim(
-    "transfer/learns",
-    "Frozen in the middle PGD training's kernel still learns robustness: trained on one-step examples it is "
-    "more robust than the network was there, by more than 0 points.",
-    "robust accuracy of the frozen network minus that of the network in the middle, offset kept, points",
-    0.0,
-)
-EARLY = Claim(
-    "transfer/early",
-    "Frozen after the first fifteenth of PGD training the kernel does not suffice: trained likewise it makes "
-    "less than half of what the network still gains in robust accuracy.",
-    "gain of the frozen network over the network at that moment, over the network's own, offset kept",
-    0.5,
-    above=False,
-    source=PAPER,
-)
-CLEAN = Claim(
-    "transfer/clean",
-    "With PGD training's kernel frozen in the middle, clean examples do as well as one-step ones: they lose "
-    "less than 1 point of robust accuracy.",
-    "robust accuracy trained on one-step minus on clean examples, offset kept, points",
-    1.0,
-    above=False,
-    source=PAPER,
-)
-KEEPS = Claim(
-    "transfer/keeps",
-    "From the middle on, on clean examples, PGD training's frozen kernel keeps more robustness than the "
-    "network, by more than 10 points.",
-    "robust accuracy of the frozen network, offset kept, minus that of the network that turned to clean "
-    "examples, points",
-    10.0,
-    source=f"{PAPER}, as we read it",
-)
-KERNEL_OR_EXAMPLES = Claim(
-    "transfer/kernel-or-examples",
-    "The kernel makes more of the robustness than the examples: PGD training's last kernel trained on clean "
-    "examples is more robust than standard training's on one-step ones, by more than 0 points.",
-    "robust accuracy, offset zero, points",
-    0.0,
-    source=LOO,
-)
-ONE_STEP = Claim(
-    "transfer/one-step",
-    "The last kernel of FGSM-RS training is as good as that of PGD training: trained on clean examples it "
-    "ends less than 2 points less robust.",
-    "robust accuracy of PGD training's kernel minus FGSM-RS's, offset zero, points",
-    2.0,
-    above=False,
-)
-REGRESSION = Claim(
-    "transfer/regression",
-    "Regression on 300 clean examples with the last kernel of PGD training is more robust than with standard "
-    "training's, by more than 10 points.",
-    "robust accuracy of kernel regression, PGD − standard, points",
-    10.0,
-    source=LOO,
-)
-_FALLS = "fall of the network's accuracy on examples made by the regression over that on its own PGD examples"
-TRAINING_FREE = Claim(
-    "transfer/training-free",
-    "Adversarial examples that the kernel of the untrained network makes, fitted to 300 clean ones, take "
-    "more than half of what PGD examples take from the accuracy of the network that standard training "
-    "ends with.",
-    _FALLS,
-    0.5,
-    source=PAPER,
-)
-LAST_KERNEL = Claim(
-    "transfer/last-kernel",
-    "Adversarial examples that the last kernel of PGD training makes alone, fitted likewise, take more than "
-    "half of what PGD examples take from that network's accuracy.",
-    _FALLS,
-    0.5,
-)
-
 
 def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
     """METHOD-SEED -> configuration; pgd-EXAMPLES-SEED those of TURNED."""
@@ -212,21 +120,22 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     pgd = build_attack(config, num_steps=10)
     moments = moment_paths(folder, config)
     ended = build_model(config, examples, device)
-    last = load_weights(moments["end"], ended)["extra"]["epoch"]
+    load_weights(moments["end"], ended)
     judge_by = Unhidden(pgd, Square(config.eps, QUERIES), (ended,))
     network = _accuracies(ended, points, judge_by, config.seed)
-    place = {"moment": "end", "epoch": last, "n": len(points)}
     if (turned := config.name.partition("-")[2]) in TURNED:
-        yield {"what": "run", "turned_to": turned, **place, **network}
+        then = {"moment": "middle", "epoch": config.switch.epoch, "drawn": f"not frozen, then {turned}"}
+        yield {"what": "run", "turned_to": turned, **then, "n": len(points), **network}
         return
-    yield {"what": "run", **place, **network, **_others(ended, points, pgd, folder, config, examples)}
     for moment, path in moments.items():
         epoch = load_moment(path, model, examples, moment)
         place = {"moment": moment, "epoch": epoch}
         judge_by = Unhidden(pgd, Square(config.eps, QUERIES), (model, ended))
-        if moment not in ("start", "end"):
-            there = _accuracies(model, points, judge_by, config.seed)
-            yield {"what": "run", **place, "n": len(points), **there}
+        if moment != "start":
+            ends = moment == "end"
+            there = network if ends else _accuracies(model, points, judge_by, config.seed)
+            others = _others(ended, points, pgd, folder, config, examples) if ends else {}
+            yield {"what": "run", **place, "drawn": THEN, "n": len(points), **there, **others}
         kernel = class_kernels(model, examples, config)
         yield {"what": "kernel", **place, **_described(kernel, model, folder, config, examples, moment)}
         for offset, name, whole in _trainings(config.method["name"], moment):
@@ -234,6 +143,8 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
             frozen, loss = freeze(model, kernel, examples, config, offset=offset, kind=name, steps=steps)
             accuracies = _accuracies(frozen, points, judge_by, config.seed)
             told = {"offset": offset, "examples": name, "steps": steps, "whole": whole, "loss": loss}
+            if whole:
+                told["drawn"] = f"frozen, then {name}"
             yield {"what": "frozen", **place, **told, **accuracies}
         yield {
             "what": "regression",
@@ -463,80 +374,6 @@ def _regression(
     }
 
 
-# --- verdicts --------------------------------------------------------------------------------------------
-
-
-class Measured:
-    """One seed's numbers; asking for one that was not measured raises KeyError."""
-
-    def __init__(self, lines: Sequence[Values]) -> None:
-        keys = ("what", "method", "moment", "turned_to", "offset", "examples", "whole")
-        self._lines = {tuple(map(line.get, keys)): line for line in lines}
-
-    def network(self, moment: str = "end", *, turned_to: str | None = None) -> float:
-        """Robust accuracy of PGD training's network, points; ``turned_to``: after these examples."""
-        line = self._lines["run", "pgd", moment, turned_to, None, None, None]
-        return 100 * float(line["robust_accuracy"])
-
-    def frozen(self, method: str, moment: str, offset: str, examples: str, *, whole: bool = False) -> float:
-        """Robust accuracy of the linearised network, points; ``whole``: trained as long as the network."""
-        line = self._lines["frozen", method, moment, None, offset, examples, whole]
-        return 100 * float(line["robust_accuracy"])
-
-    def regression(self, method: str, name: str, moment: str = "end") -> float:
-        """That number of the regression with the kernel of that moment."""
-        return float(self._lines["regression", method, moment, None, None, None, None][name])
-
-
-def _whole(found: Measured, moment: str, examples: str) -> float:
-    return found.frozen("pgd", moment, "kept", examples, whole=True)
-
-
-def _gained(found: Measured, moment: str) -> float:
-    """Over what the network gains from there."""
-    at, end = found.network(moment), found.network()
-    if end <= at:
-        raise KeyError("nothing is gained")
-    return (_whole(found, moment, "one-step") - at) / (end - at)
-
-
-def _takes(found: Measured, method: str, moment: str) -> float:
-    clean, robust, transferred = (
-        found.regression(method, name, moment)
-        for name in ("network_clean_accuracy", "network_pgd_accuracy", "transferred_accuracy")
-    )
-    if clean <= robust:
-        raise KeyError("nothing is taken")
-    return (clean - transferred) / (clean - robust)
-
-
-EFFECTS: dict[Claim, Callable[[Measured], float]] = {
-    SUFFICES: lambda found: found.network() - _whole(found, "middle", "one-step"),
-    SETTLED: lambda found: found.network() - _whole(found, "settled", "one-step"),
-    LEARNS: lambda found: _whole(found, "middle", "one-step") - found.network("middle"),
-    EARLY: lambda found: _gained(found, "early"),
-    CLEAN: lambda found: _whole(found, "middle", "one-step") - _whole(found, "middle", "clean"),
-    KEEPS: lambda found: _whole(found, "middle", "clean") - found.network(turned_to="clean"),
-    KERNEL_OR_EXAMPLES: lambda found: (
-        found.frozen("pgd", "end", "zero", "clean") - found.frozen("standard", "end", "zero", "one-step")
-    ),
-    ONE_STEP: lambda found: (
-        found.frozen("pgd", "end", "zero", "clean") - found.frozen("fgsm_rs", "end", "zero", "clean")
-    ),
-    REGRESSION: lambda found: (
-        100 * (found.regression("pgd", "robust_accuracy") - found.regression("standard", "robust_accuracy"))
-    ),
-    TRAINING_FREE: lambda found: _takes(found, "standard", "start"),
-    LAST_KERNEL: lambda found: _takes(found, "pgd", "end"),
-}
-
-
-def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
-    """A verdict for each claim; a seed counts where the runs that its claim needs are there."""
-    judged_on = [line for line in values if line["seed"] not in TUNING_SEEDS]
-    return judge_seeds(judged_on, setting, EFFECTS, Measured)
-
-
 # --- figures ---------------------------------------------------------------------------------------------
 
 _ACCURACIES = (
@@ -563,13 +400,14 @@ FIGURES = (
     ValueFigure(
         key="long",
         title="Held against the network",
-        caption="The kernel of PGD training frozen at a moment, offset kept, trained for as long as the "
-        "network went on from there.",
+        caption="PGD training's network at a moment, and what becomes of it: its kernel frozen there, offset "
+        "kept, and trained on clean or one-step examples for as long as the network went on; and the network "
+        "itself, not frozen, trained on on these.",
         y=_ACCURACIES,
         x="moment",
-        colour="examples",
+        colour="drawn",
         views="y",
-        where={"what": "frozen", "whole": True},
+        where={"method": "pgd", "drawn": DRAWN},
     ),
     ValueFigure(
         key="regression",
@@ -605,4 +443,4 @@ FIGURES = (
     ),
 )
 
-STUDY = Study("transfer", tuple(EFFECTS), runs, measure, judged, FIGURES, tuning_seeds=TUNING_SEEDS)
+STUDY = Study("transfer", CLAIMS, runs, measure, judged, FIGURES, tuning_seeds=TUNING_SEEDS)
