@@ -18,7 +18,7 @@ class Tier:
         config: a shipped configuration.
         words: overrides of it.
         points: first test points for APGD.
-        all_points: likewise, of the finalists.
+        all_points: likewise, of arms that claims finer than two points compare.
         autoattack: first test points for AutoAttack, of the finalists.
         narrow: widths of the narrower network.
         whole: whether all arms are part of it, or the finalists alone.
@@ -74,14 +74,18 @@ EMA = "--training.ema_decay=0.995"
 RETURNING = "kernel-stored"  # to the full attack where the learning rate falls
 KERNEL = "kernel-stored-staying"
 THROUGHOUT = "stored-throughout"
-FINALISTS = ("pgd", KERNEL, "stored-at-0.2", "n_fgsm-half", "atta-half")
+CHOSEN_SHARE = 0.2  # on the tuning seeds; under other conditions and for longer it alone is tried
+CHOSEN = f"stored-at-{CHOSEN_SHARE:g}"
+DOUBLE = "double"  # as many epochs
+REFERENCE_TWICE, CHOSEN_TWICE = f"pgd-{DOUBLE}", f"{CHOSEN}-{DOUBLE}"
+CAME_BACK = f"{CHOSEN}-returning"  # for good where the learning rate first falls
+FINALISTS = ("pgd", KERNEL, CHOSEN, THROUGHOUT, "atta-half")
 PGD, STANDARD = "--method=pgd", "--method=standard"
 # BatchNorm is treated as in PGD training, from which the other arms with stored perturbations come.
 STORED_THROUGHOUT = (
     "--method=atta --method.reset_epochs=null --method.crafting_statistics=batch "
     "--method.buffer_updates=[crafting,loss]"
 )
-CONDITION_SHARE = 0.2
 USUAL = "usual"
 
 
@@ -113,13 +117,19 @@ def _rivals(eps: float) -> dict[str, str]:
 
 
 LONGER = "stored-half"
-HALF_RIVALS = (*_rivals(1.0), "clean-first-half", LONGER, THROUGHOUT)
+HALF_RIVALS = (*_rivals(1.0), "clean-first-half", LONGER, THROUGHOUT, f"{THROUGHOUT}-half")
+# Compared by claims finer than two points.
+ON_ALL_POINTS = (
+    *FINALISTS,
+    *(REFERENCE_TWICE, CHOSEN_TWICE, CAME_BACK, "pgd-ema", f"{KERNEL}-ema"),
+    *("stored-at-0.1", "stored-at-0.35", "stored-at-0.5"),
+    *("n_fgsm-half", "fgsm_pgi-half", LONGER, f"{THROUGHOUT}-half"),
+)
 
 
 def arms(tier: Tier) -> dict[str, str]:
     """Name -> overrides."""
     fixed, kernel = "--switch.rule=fixed", "--switch.rule=kernel"
-    returning = f"{kernel} --switch.return_on_drop=true"
     epochs, eps = _config(tier, "").training.epochs, _config(tier, "").eps
     to = _replacements(eps)
 
@@ -134,7 +144,7 @@ def arms(tier: Tier) -> dict[str, str]:
         f"--method=trades {fixed} --switch.epoch={0.35 * epochs:g} --switch.to=trades "
         f"--switch.to.num_steps=1 --switch.to.step_size={eps}"
     )
-    found[RETURNING] = f"{PGD} {returning} {to['stored']}"
+    found[RETURNING] = f"{PGD} {kernel} --switch.return_on_drop=true {to['stored']}"
     found[KERNEL] = f"{PGD} {kernel} {to['stored']}"
     found["kernel-clean"] = f"{PGD} {kernel} {to['clean']}"
     found["kernel-clean-guarded"] = f"{found['kernel-clean']} --switch.held_out=300"
@@ -145,13 +155,19 @@ def arms(tier: Tier) -> dict[str, str]:
     long = _stored_longer(tier)
     found[LONGER] = f"{PGD} {fixed} --switch.epoch={HALF_SHARE * long:g} {to['stored']}"
     found[LONGER] += f" --training.epochs={long}"
+    found[f"{THROUGHOUT}-half"] = (
+        f"{STORED_THROUGHOUT} --training.epochs={_affordable(tier, STORED_THROUGHOUT)}"
+    )
+    found[CAME_BACK] = f"{found[CHOSEN]} --switch.return_on_drop=true"
+    found[REFERENCE_TWICE] = f"{PGD} --training.epochs={2 * epochs}"
+    found[CHOSEN_TWICE] = f"{replaced('stored', 2 * CHOSEN_SHARE)} --training.epochs={2 * epochs}"
     for name in ("pgd", KERNEL, "n_fgsm-half"):
         found[f"{name}-ema"] = f"{found[name]} {UNWATCHED} {EMA}"
     for condition, words in _conditions(tier, eps).items():
         found[f"pgd+{condition}"] = f"{PGD} {words}"
         found[f"{KERNEL}+{condition}"] = f"{found[KERNEL]} {words}"
         for name in ("clean", "one-step", "stored"):
-            found[f"{name}-at-{CONDITION_SHARE}+{condition}"] = f"{replaced(name, CONDITION_SHARE)} {words}"
+            found[f"{name}-at-{CHOSEN_SHARE}+{condition}"] = f"{replaced(name, CHOSEN_SHARE)} {words}"
     return found if tier.whole else {name: found[name] for name in FINALISTS}
 
 
@@ -162,6 +178,7 @@ def _conditions(tier: Tier, eps: float) -> dict[str, str]:
         "slow": "--training.learning_rate=0.02",
         "weak": f"--eps={eps / 2}",
         "narrow": f"--model.widths={tier.narrow}",
+        "constant": "--training.schedule=constant",
     }
 
 
@@ -220,7 +237,7 @@ def kind(arm: str) -> str:
     """What a figure colours an arm by: of KINDS, or that it was trained under other conditions."""
     if "+" in arm:
         return OTHERWISE
-    if arm in ("pgd", "trades"):
+    if arm in ("pgd", "trades", REFERENCE_TWICE):
         return REFERENCE
     if arm.endswith("-ema"):
         return AVERAGED_KIND
