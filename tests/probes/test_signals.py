@@ -142,6 +142,8 @@ def test_the_update_share_is_the_kernels() -> None:
     assert found["update_cosine"] == pytest.approx(cross / lengths, rel=1e-10)
     of_kernel = inner("several", one, "several", several)
     assert found["kernel_share"] == pytest.approx(of_kernel / square, rel=1e-10)
+    of_derivatives = inner("one", several, "several", several)
+    assert found["derivative_share"] == pytest.approx(of_derivatives / square, rel=1e-10)
     assert update_signals(model, several, several, y)["update_share"] == pytest.approx(1)
 
 
@@ -158,6 +160,7 @@ def test_a_linear_loss_has_an_update_share_of_one() -> None:
     bent = found(-1.0)
     assert bent["kernel_share"] == pytest.approx(bent["update_share"])
     assert bent["kernel_share"] != pytest.approx(1, abs=1e-3)
+    assert bent["derivative_share"] == pytest.approx(1)
 
 
 def test_the_update_share_is_what_a_small_step_does() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,18 @@ from tangentlab.studies.claims import Verdict
 from tangentlab.studies.overfitting import STUDY, TIERS, Tier
 from tangentlab.studies.overfitting_signals import COSTS, SIGNALS
 from tangentlab.studies.overfitting_watches import (
+    UPDATE_SHARES,
     Chosen,
     Seen,
     Watch,
+    cells_worth,
     choose,
     detection,
     fate,
     folds,
     seen_runs,
+    watch_noise,
+    watch_worth,
 )
 from tiny import TINY
 
@@ -111,8 +117,9 @@ def planted(collapse: float | None, seed: int, number: int, **changed: Any) -> l
             "cheap/fgsm~pgd": (0.5 if parted else 0.05) + 2 * noise,
             "cheap/pooled_share": (0.3 if parted else 0.9) - noise,
             "cheap/gradient_cosine": (0.2 if bent else 0.9) - noise,
-            "kernel_share": 0.4 if fallen else 1.0,
-            "update_share": 0.36 if fallen else 0.9,
+            "kernel_share": 0.3 if fallen else 1.0,
+            "update_share": 0.27 if fallen else 0.9,
+            "derivative_share": 0.8 if fallen else 0.9,
         }
         # Before the watch begins everything is wild.
         lines.append({**line, "fgsm~pgd/class/distance": 9.0} if epoch == 0 else line)
@@ -166,7 +173,7 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
         "deployed-controls": "supported",
         "time": "supported",
         "spectrum": "inconclusive",  # it does not rise above its noise: nothing is chosen
-        "kernel-first": "supported",
+        "kernel-part": "supported",
     }
     assert set(found["in-time"].values) == set(SEEDS)
     assert found["in-time"].interval == pytest.approx(wilson_interval(40, 40))
@@ -210,27 +217,34 @@ def test_no_seed_is_judged_by_its_own_choice(values: list[Line]) -> None:
         overfitting.DEPLOYED_QUIET,
         overfitting.DEPLOYED_CONTROLS,
         overfitting.TIME,
-        overfitting.KERNEL_FIRST,
+        overfitting.KERNEL_PART,
     }
 
 
+def seen(*lines: Line, collapse: float | None = 4.0, epochs: Sequence[float] = ()) -> Seen:
+    """A run whose looks are an epoch apart, from the first on."""
+    at = epochs or [1.0 + place for place in range(len(lines))]
+    return Seen(3, "fgsm", 0.2, 10.0, collapse, at, lines)
+
+
 @pytest.mark.parametrize(
-    ("kernel", "share", "first"),
+    ("after", "part"),
     [
-        ([1.0, 0.4, 0.4], [0.9, 0.36, 0.1], True),
-        ([1.0, 0.9, 0.2], [0.9, 0.3, 0.1], False),
-        ([1.0, 0.4, 0.4], [0.9, 0.12, 0.1], False),  # at one look, and more
-        ([1.0, -0.1, 0.4], [0.9, 0.3, 0.1], True),  # nothing is left of it
-        ([1.0, 0.9, 0.9], [0.9, 0.8, 0.8], None),
-        ([0.4, 0.4, 0.4], [0.4, 0.1, 0.1], False),  # it never was above
-        ([0.4, 0.4, 0.4], [0.1, 0.1, 0.1], None),  # nor was the other
-        ([0.4, 0.6, 0.4], [0.1, 0.1, 0.1], True),
+        ((0.25, 0.25, 0.8), 1.0),  # the kernel alone in one order, and all of the fall is in the other
+        ((0.25, 0.8, 0.25), 0.0),
+        ((0.2, 0.4, 0.4), 0.5),
+        ((0.5, 0.4, 0.8), None),  # it did not halve
+        ((-0.2, 0.008, 0.8), 1.0),  # nothing is left of it
     ],
 )
-def test_which_factor_goes_first(kernel: list[float], share: list[float], first: bool | None) -> None:
-    lines = [{"kernel_share": k, "update_share": s} for k, s in zip(kernel, share, strict=True)]
-    assert Seen(2, "fgsm", 10.0, 4.0, [1.0, 2.0, 3.0], lines).kernel_first() is first
-    assert Seen(2, "fgsm", 10.0, 1.5, [1.0, 2.0, 3.0], lines).kernel_first() is None  # all after it
+def test_the_kernels_part_of_the_fall(after: tuple[float, float, float], part: float | None) -> None:
+    """From 0.8 each; on the way the shares are what they were but for one look."""
+    before = [(0.8, 0.8, 0.8), (0.9, 0.7, 0.8), (0.8, 0.8, 0.8)]
+    lines = [dict(zip(UPDATE_SHARES, shares, strict=True)) for shares in (*before, after, (0.0, 0.0, 0.0))]
+    found = seen(*lines, collapse=3.5).kernel_part()
+    assert found == (None if part is None else pytest.approx(part))
+    assert seen(*lines, collapse=0.5).kernel_part() is None  # no look before it
+    assert seen(*lines, collapse=9.0).kernel_part() is None  # none after
 
 
 def test_fates() -> None:
@@ -239,10 +253,14 @@ def test_fates() -> None:
         return fate({"epochs": epochs, "robust_accuracy": robust, "fgsm_accuracy": [fgsm] * len(robust)})
 
     assert of(0.1, 0.4, 0.1, 0.1, 0.1) == ("collapsed", pytest.approx(1 + 2 / 3))
-    assert of(0.1, 0.4, 0.1, 0.4, 0.4, 0.1, 0.1, 0.1) == ("collapsed", pytest.approx(4 + 2 / 3))
+    # Dated to the first fall of half an epoch, of those that once lasted.
+    assert of(0.1, 0.4, 0.1, 0.4, 0.4, 0.1, 0.1, 0.1) == ("collapsed", pytest.approx(1 + 2 / 3))
+    assert of(0.1, 0.4, 0.19, 0.4, 0.4, 0.1, 0.1, 0.1) == ("collapsed", pytest.approx(4 + 2 / 3))
     assert of(0.1, 0.4, 0.1, 0.4, 0.4) == ("neither", None)
     assert of(0.1, 0.4, 0.1, 0.1, 0.1, fgsm=0.2) == ("neither", None)  # no gap to FGSM
-    assert of(0.1, 0.4, 0.3, 0.21, 0.4) == ("quiet", None)
+    assert of(0.1, 0.4, 0.19, 0.4, 0.4, 0.4, 0.4) == ("quiet", None)  # for less than half an epoch
+    assert of(0.1, 0.4, 0.3, 0.25, 0.25, 0.25) == ("neither", None)  # it decays
+    assert of(0.1, 0.4, 0.3, 0.21, 0.4, 0.4) == ("quiet", None)
     assert of(0.1, 0.14, 0.0, 0.0, 0.0) == ("unlearned", None)
 
 
@@ -251,8 +269,8 @@ def test_the_factors_about_a_collapse_are_derived(values: list[Line]) -> None:
     by_when = {line["when"]: line for line in lines}
     assert list(by_when) == ["over 8 before", "4 to 8", "2 to 4", "1 to 2", "the last", "after"]
     assert by_when["over 8 before"]["derivative_share"] == pytest.approx(0.9)
-    assert by_when["the last"]["derivative_share"] == pytest.approx(0.9)
-    assert by_when["the last"]["kernel_share"] == 0.4
+    assert by_when["the last"]["derivative_share"] == pytest.approx(0.8)
+    assert by_when["the last"]["kernel_share"] == 0.3
 
 
 def test_what_a_signal_is_worth_is_derived(values: list[Line]) -> None:
@@ -279,14 +297,71 @@ def test_what_a_signal_is_worth_is_derived(values: list[Line]) -> None:
         assert drawn.panels or figure.where["what"] == "signals"
 
 
+def test_what_knows_the_method_and_eps_alone_is_held_against_the_signals(values: list[Line]) -> None:
+    runs = seen_runs(values)
+    found = cells_worth(runs, runs)
+    # All FGSM runs collapse, one look after the first watched one at the earliest; no other does.
+    assert (found["in_time"], found["false_alarms"]) == (1, 0)
+    quiet = [run for run in runs if run.collapse is None]
+    assert cells_worth(runs, quiet)["in_time"] == 0
+    derived = [line for line in STUDY.derive(values) if line.get("family") == "no signal"]
+    assert [line["seed"] for line in derived] == list(SEEDS)
+    assert derived[0]["lead"] == pytest.approx(10 * (20.5 + SEEDS[0] - 1), abs=10)
+
+
+def test_leads_to_other_falls_are_told_beside(values: list[Line]) -> None:
+    """A run that fell at 5 for a moment, at 10 for longer and at 20 for good."""
+    robust = [0.4] * 5 + [0.19] + [0.4] * 4 + [0.1] + [0.4] * 9 + [0.1] * 20
+    (run,) = seen_runs(planted(20.5, 3, 0, robust_accuracy=robust))
+    assert (run.fell, run.collapse, run.lost) == pytest.approx((4.95, 9 + 2 / 3, 19 + 2 / 3), abs=0.01)
+    one = Chosen(Watch("fgsm~pgd/class/distance", "level", 1), 0.3)
+    found = watch_worth(one, [run])
+    assert (found["in_time"], found["in_time_of_the_first_fall"], found["in_time_of_the_lasting_fall"]) == (
+        0,
+        0,
+        1,
+    )
+    assert found["lead_of_the_lasting_fall"] == pytest.approx(10 * (19 + 2 / 3 - 16))
+
+
+def test_the_noise_of_a_pooled_signal_is_that_of_its_looks_averaged(values: list[Line]) -> None:
+    lines = [line | ({"cheap/update_share": 0.5 + 0.1 * (line["what"] == "again")}) for line in values]
+    runs = seen_runs(lines)
+    single, pooled = (
+        watch_noise(Watch(f"cheap/{name}", "level", -1), runs)["noise"]
+        for name in ("update_share", "pooled_share")
+    )
+    assert single == pytest.approx(0.1 / 2**0.5)
+    assert pooled == pytest.approx(single / 3**0.5)
+
+
+def test_noise_is_that_before_a_collapse_and_of_logarithms(values: list[Line]) -> None:
+    lines = [
+        line | {"loss_ratio": (100.0 if line.get("epoch", 0) > 33 else 1.0) * (1 + (line["what"] == "again"))}
+        for line in values
+        if line["run"].startswith("fgsm") or line["what"] == "run"
+    ]
+    found = watch_noise(Watch("loss_ratio", "level", 1), seen_runs(lines))
+    assert found["noise"] == pytest.approx(math.log(2) / 2**0.5)
+
+
+def test_the_runs_own_evaluations_are_a_rival(values: list[Line]) -> None:
+    run = seen_runs(values)[0]
+    assert [line["validation_gap"] for line in run.signals][:2] == [pytest.approx(0.4)] * 2
+    assert run.signals[-1]["validation_accuracy"] == 0
+    assert Watch("validation_gap", "level", 1).family == "rival"
+    assert Watch("cheap/pooled_share", "level", -1).family == "update"
+    assert Watch("cheap/clean~pgd", "level", 1).family == "kernel"
+
+
 def test_a_change_is_told_from_the_last_looks() -> None:
     lines = [{"gradient_norm": value} for value in (1.0, 1.0, 1.0, 1.0, 2.0)]
     lines += [{}, {"gradient_norm": 1.0}]
-    run = Seen(0, "fgsm", 10.0, None, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], lines)
+    run = seen(*lines, collapse=None)
     times, scores = run.scores(Watch("gradient_norm", "change", 1))
     assert times == [5.0, 7.0]
     assert scores == pytest.approx([0.6931, 0.0], abs=1e-3)
-    signed = Seen(0, "fgsm", 10.0, None, run.epochs, [{"gradient_cosine": -0.5 * k} for k in range(7)])
+    signed = seen(*({"gradient_cosine": -0.5 * k} for k in range(7)), collapse=None)
     assert signed.scores(Watch("gradient_cosine", "change", -1))[1][0] == pytest.approx(1.25)
 
 
@@ -296,24 +371,24 @@ def test_a_run_that_lies_above_from_the_start_is_not_warned_of() -> None:
 
     def alarm(*values: float) -> float | None:
         lines = [{"gradient_norm": value} for value in values]
-        return Seen(0, "fgsm", 10.0, 4.0, epochs, lines).alarm(chosen)
+        return seen(*lines, epochs=epochs).alarm(chosen)
 
     assert alarm(1.0, 2.0, 1.0, 1.0) == 2.0
     assert alarm(2.0, 2.0, 2.0, 2.0) is None
     assert alarm(2.0, 1.0, 2.0, 2.0) == 3.0
     lines = [{"gradient_norm": 2.0}] * 4
-    assert Seen(0, "pgd", 10.0, None, epochs, lines).exceeds(chosen)  # of a quiet run it is a false alarm
+    assert seen(*lines, collapse=None).exceeds(chosen)  # of a quiet run it is a false alarm
 
 
 def test_a_collapse_before_the_first_look_that_counts_was_missed() -> None:
     def run(collapse: float | None, *values: float) -> Seen:
         lines = [{"gradient_norm": value} for value in values]
-        return Seen(3, "fgsm", 10.0, collapse, [1.0, 2.0, 3.0], lines)
+        return seen(*lines, collapse=collapse)
 
     found = [run(2.5, 1.0, 2.0, 2.0), run(0.9, 2.0, 2.0, 2.0), run(None, 0.5, 0.5, 0.5)]
-    seen = detection(Watch("gradient_norm", "level", 1), found)
-    assert seen is not None
-    area, points = seen
+    told = detection(Watch("gradient_norm", "level", 1), found)
+    assert told is not None
+    area, points = told
     assert area == 0.5
     assert points[0] == (0.0, 0.5)
 

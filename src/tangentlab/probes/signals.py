@@ -148,12 +148,14 @@ def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tenso
 
     With g = ∂L/∂θ of the mean loss on either: a small step along −g_F lowers L_P by ⟨g_F, g_P⟩ times its
     size, one along −g_P by ‖g_P‖². In the kernel's words ⟨g_F, g_P⟩ = r_Fᵀ Θ(x_F, x_P) r_P with r = ∂L/∂f.
-    Those that crafted the inputs not counted, eight passes an example.
+    Those that crafted the inputs not counted, ten passes an example.
 
     update_share         ⟨g_F, g_P⟩ / ‖g_P‖²: of the fall that training on x_P would buy, what x_F's does
     update_cosine        ⟨g_F, g_P⟩ / (‖g_F‖ ‖g_P‖)
     kernel_share         r_Pᵀ Θ(x_F, x_P) r_P / ‖g_P‖²: the share if the losses' derivatives on x_F were those
                          on x_P, what the kernel alone leaves of it
+    derivative_share     r_Fᵀ Θ(x_P, x_P) r_P / ‖g_P‖²: the share if the kernel between the inputs were that
+                         on x_P, what the derivatives alone leave
 
     {} where a gradient vanishes. Raises KernelError as :func:`update_products`.
     """
@@ -161,15 +163,16 @@ def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tenso
     with modes.evaluation(model), torch.enable_grad():
         at_one, at_several = model(one_step), model(several)
         r_one, r_several = (_derivatives(logits, y) for logits in (at_one, at_several))
-        of_one, crossed = (_pulled_back(at_one, r, parameters) for r in (r_one, r_several))
-        of_several = _pulled_back(at_several, r_several, parameters)
+        of_one, by_kernel = (_pulled_back(at_one, r, parameters) for r in (r_one, r_several))
+        by_derivatives, of_several = (_pulled_back(at_several, r, parameters) for r in (r_one, r_several))
     inner, square = float(of_one @ of_several), float(of_several @ of_several)
     if not of_one.any() or not square:
         return {}
     return {
         "update_share": inner / square,
         "update_cosine": inner / (float(of_one.norm()) * math.sqrt(square)),
-        "kernel_share": float(crossed @ of_several) / square,
+        "kernel_share": float(by_kernel @ of_several) / square,
+        "derivative_share": float(by_derivatives @ of_several) / square,
     }
 
 

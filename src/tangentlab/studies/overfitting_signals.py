@@ -1,9 +1,8 @@
 """What the study of catastrophic overfitting takes of a network at one checkpoint, by name.
 
 In full, on PROBED examples: the kernel's signals (spectrum and distances of the class kernels on clean, FGSM
-and PGD inputs) and the rivals' (tangentlab.probes.linearity_signals). Of the kernel between FGSM and PGD
-inputs also what the losses' derivatives make of it (tangentlab.probes.update_signals), in two factors: what
-the kernel alone leaves of the share, and what the derivatives leave of that.
+and PGD inputs), the rivals' (tangentlab.probes.linearity_signals), and what a step on FGSM inputs does on PGD
+inputs, in which the kernel and the losses' derivatives meet (tangentlab.probes.update_signals).
 
 Cheap, named "cheap/...": those of as many examples as BUDGET forward passes pay for, with PGD in two steps of
 eps/2 and kernels of one signed sum of the logits, which are the trace kernel in the mean over signs. And, at
@@ -58,9 +57,8 @@ RIVALS = (
     "input_top_mass",
 )
 UPDATES = ("update_share", "update_cosine")
+UPDATE_SIGNALS = (*UPDATES, "kernel_share", "derivative_share")
 KERNEL = (
-    *UPDATES,
-    "kernel_share",
     *(f"{inputs}/{kind}/{name}" for inputs, kind, name in product(INPUTS, KINDS, SPECTRUM)),
     *(f"{pair}/{kind}/distance" for pair, kind in product(PAIRS, KINDS)),
 )
@@ -97,7 +95,7 @@ COSTS = {
     f"cheap/{POOLED_SHARE}": CHEAP_PAIRS["fgsm~pgd"],
     **{f"cheap/{name}": cost for name, cost in CHEAP_RIVALS.items()},
 }
-SIGNALS = (*KERNEL, *RIVALS, *COSTS)
+SIGNALS = (*KERNEL, *UPDATE_SIGNALS, *RIVALS, *COSTS)
 
 
 EXAMPLES = POOLED * (BUDGET // min(POOLED_RIVALS.values()))  # that the looks need, the full ones fewer

@@ -1,8 +1,10 @@
 """What a signal is worth as an alarm: watches, their thresholds from quiet runs, their leads on the others.
 
-A run has collapsed where its robust accuracy fell by tangentlab.metrics.catastrophic_overfitting and stayed
-down for one and a half epochs; what it recovered from before is none. It is quiet where it never lost half of
-its best; what lies between is neither, and is left out. So is what never learned.
+A run has collapsed where its robust accuracy fell by tangentlab.metrics.catastrophic_overfitting and once
+stayed down for one and a half epochs. Its collapse is dated to the first such fall of half an epoch, which it
+may have recovered from; leads to the first fall of all and to the one that lasted are told beside. It is
+quiet where it never lost half of its best for half an epoch and ends with more than two thirds of it; what
+lies between is neither, and is left out. So is what never learned.
 
 A signal is watched as it is ("level"), as the median of its last three looks ("median") or against that of
 more of them ("change"), upwards or downwards. It speaks where it comes to exceed its threshold: a collapsing
@@ -10,19 +12,27 @@ run that lies above from the start is not warned of, a quiet one that does is a 
 one for every eps, is the least that at most 5 % of the quiet runs exceed, and at most 5 % of the single-step
 ones among them, or it would tell methods apart and not fates. Which watch is best is decided on the
 collapsing runs; a signal whose rise before a collapse is seldom twice its noise between sets of examples is
-none (pooled ones, of three sets each, are not taken again).
+none (of a pooled one the noise of its looks, averaged). Held against all is what needs no signal: to warn at
+the first look of every run of a method at an eps where most of the other seeds' runs collapse.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, product
+from itertools import product
 from statistics import fmean, median
 
 from tangentlab import metrics
-from tangentlab.studies.overfitting_signals import CHEAP_RIVALS, COSTS, RIVALS, SIGNALS
+from tangentlab.probes.overfitting_alarm import POOLED
+from tangentlab.studies.overfitting_signals import (
+    CHEAP_RIVALS,
+    COSTS,
+    RIVALS,
+    SIGNALS,
+    UPDATE_SIGNALS,
+)
 from tangentlab.studies.study import Values
 
 SINGLE_STEP = ("fgsm", "fgsm_rs")  # that may collapse
@@ -34,7 +44,10 @@ BEFORE = 8  # looks whose median a change is told from; four at least
 FALSE_ALARMS = 0.05
 JUDGED = ("collapsed", "quiet")  # fates
 LEARNED = 0.15  # robust accuracy, of ten classes
-HALVED = 0.5
+DATED_EPOCHS = 0.5  # below half of its best, from which a collapse is dated and a run not quiet
+KEPT = 2 / 3  # of its best, with which a quiet run ends
+UPDATE_SHARES = ("update_share", "kernel_share", "derivative_share")
+LEAST_SHARE = 0.01  # of a PGD update, so that there is a logarithm
 CLEAR = 2.0  # times the noise that a rise exceeds
 SIGNED = (
     "fgsm_pgd_gap",
@@ -43,10 +56,15 @@ SIGNED = (
     "update_cosine",
     "update_share",
     "kernel_share",
+    "derivative_share",
     "pooled_share",
     "pooled_fgsm_pgd2_gap",
     "pooled_gradient_cosine",
-)  # may be zero or less: their change is a difference, not a ratio
+    "validation_gap",
+    "validation_accuracy",
+)  # may be zero or less: their changes are differences; those of others are of their logarithms
+# Of the run's own evaluations, PGD in ten steps on the validation split: what Wong et al. (2020) watch.
+VALIDATION = ("validation_gap", "validation_accuracy")
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,10 @@ class Watch:
 
     @property
     def family(self) -> str:
-        return "rival" if self.signal.removeprefix("cheap/") in {*RIVALS, *CHEAP_RIVALS} else "kernel"
+        name = self.signal.removeprefix("cheap/")
+        if name in {*RIVALS, *CHEAP_RIVALS, *VALIDATION}:
+            return "rival"
+        return "update" if name in {*UPDATE_SIGNALS, "pooled_share"} else "kernel"
 
     @property
     def cheap(self) -> bool:
@@ -71,7 +92,7 @@ class Watch:
 
 WATCHES = [
     Watch(signal, form, sign)
-    for signal, form, sign in product(SIGNALS, ("level", "median", "change"), (1, -1))
+    for signal, form, sign in product((*SIGNALS, *VALIDATION), ("level", "median", "change"), (1, -1))
 ]
 
 
@@ -79,12 +100,14 @@ WATCHES = [
 class Seen:
     """A run: what was seen of it, and when it collapsed, in epochs.
 
-    ``raised_at`` is the epoch at which the run's own alarm was first raised, ``warned_at`` that at which it
-    was after a look that could have raised it and did not.
+    ``fell`` and ``lost`` are when it first fell, and when it did for one and a half epochs. ``raised_at`` is
+    the epoch at which the run's own alarm was first raised, ``warned_at`` that at which it was after a look
+    that could have raised it and did not.
     """
 
     seed: int
     method: str
+    eps: float
     steps_per_epoch: float
     collapse: float | None
     epochs: Sequence[float]
@@ -92,6 +115,8 @@ class Seen:
     again: Sequence[Values] = ()
     raised_at: float | None = None
     warned_at: float | None = None
+    fell: float | None = None
+    lost: float | None = None
     _scores: dict[Watch, tuple[list[float], list[float]]] = field(default_factory=dict)
 
     def scores(self, watch: Watch) -> tuple[list[float], list[float]]:
@@ -125,45 +150,51 @@ class Seen:
         below = next((place for place, value in enumerate(values) if value <= limit), len(values))
         return metrics.first_alarm(times[below:], values[below:], limit) if times[below:] else None
 
-    def rise(self, watch: Watch) -> float | None:
-        """What a level gained at the last look before the collapse, over its median until then."""
+    def rise(self, signal: str, sign: int) -> float | None:
+        """What a signal gained at the last look before the collapse, over its median until then."""
         assert self.collapse is not None
-        before = [score for time, score in zip(*self.scores(watch), strict=True) if time < self.collapse]
-        return before[-1] - median(before) if before else None
+        before = [
+            value
+            for epoch, line in zip(self.epochs, self.signals, strict=True)
+            if WATCHED_FROM <= epoch < self.collapse and (value := _scaled(line, signal)) is not None
+        ]
+        return sign * (before[-1] - median(before)) if before else None
 
     def exceeds(self, chosen: Chosen) -> bool:
         """Whether it ever lies above the threshold."""
         return any(score > chosen.threshold for score in self.scores(chosen.watch)[1])
 
-    def factors(self) -> Iterator[tuple[float, float, float | None]]:
-        """(epoch, what the kernel leaves of the update share, what the losses' derivatives leave of that):
-        without the latter where the kernel leaves nothing."""
+    def shares(self) -> Iterator[tuple[float, dict[str, float]]]:
+        """(epoch, the update share, what the kernel alone leaves of it, what the losses' derivatives do)."""
         for epoch, line in zip(self.epochs, self.signals, strict=True):
-            if "kernel_share" in line and epoch >= WATCHED_FROM:
-                kernel = line["kernel_share"]
-                yield epoch, kernel, line["update_share"] / kernel if kernel > 0 else None
+            if epoch >= WATCHED_FROM and all(name in line for name in UPDATE_SHARES):
+                yield epoch, {name: line[name] for name in UPDATE_SHARES}
 
-    def kernel_first(self) -> bool | None:
-        """Whether the first factor was the first to fall below half, the smaller one where both did at one
-        look; None where neither did until the collapse. What never was above half has not fallen."""
+    def kernel_part(self) -> float | None:
+        """The kernel's part of the fall of the update share, from its median before the collapse to the first
+        look after it, in logarithms: the mean of both orders in which the kernel and the losses' derivatives
+        may be taken for those on PGD inputs. None where the share did not halve."""
         assert self.collapse is not None
-        was_above = [False, False]
-        for epoch, kernel, rest in self.factors():
-            here = [kernel, math.inf if rest is None else rest]  # no kernel is left: it went
-            fell = [was and share < HALVED for was, share in zip(was_above, here, strict=True)]
-            if epoch < self.collapse and any(fell):
-                return fell[0] and not (fell[1] and here[1] < here[0])
-            was_above = [was or share >= HALVED for was, share in zip(was_above, here, strict=True)]
-        return None
+        seen = [
+            (epoch, [math.log(max(share, LEAST_SHARE)) for share in shares.values()])
+            for epoch, shares in self.shares()
+        ]
+        before = [shares for epoch, shares in seen if epoch < self.collapse]
+        after = next((shares for epoch, shares in seen if epoch >= self.collapse), None)
+        if not before or after is None:
+            return None
+        usual = map(median, zip(*before, strict=True))
+        share, kernel, derivatives = (was - now for was, now in zip(usual, after, strict=True))
+        return (kernel + share - derivatives) / (2 * share) if share >= math.log(2) else None
 
     def lead(self, chosen: Chosen) -> float:
         """Steps from the alarm to the collapse; 0 where it is silent or late."""
-        return self.steps_until_collapse(self.alarm(chosen))
+        return self.steps_until(self.collapse, self.alarm(chosen))
 
-    def steps_until_collapse(self, epoch: float | None) -> float:
-        """From that epoch on; 0 without one, and after it."""
-        assert self.collapse is not None
-        return 0.0 if epoch is None else self.steps_per_epoch * max(0.0, self.collapse - epoch)
+    def steps_until(self, event: float | None, epoch: float | None) -> float:
+        """From that epoch to the event of a run that collapses; 0 without an alarm, and after the event."""
+        assert event is not None
+        return 0.0 if epoch is None else self.steps_per_epoch * max(0.0, event - epoch)
 
 
 def _change(taken: Sequence[float], *, signed: bool) -> float | None:
@@ -176,21 +207,35 @@ def _change(taken: Sequence[float], *, signed: bool) -> float | None:
     return math.log(taken[-1] / usual) if taken[-1] > 0 and usual > 0 else None
 
 
+def _scaled(line: Values, signal: str) -> float | None:
+    """As it is compared: a positive signal's logarithm."""
+    value: float | None = line.get(signal)
+    if value is None or signal.removeprefix("cheap/") in SIGNED:
+        return value
+    return math.log(value) if value > 0 else None
+
+
+def falls(run: Values, *, lasting: float) -> metrics.Collapse | None:
+    """The first collapse that lasted as long, of a run's line."""
+    return metrics.catastrophic_overfitting(
+        run["epochs"], run["fgsm_accuracy"], run["robust_accuracy"], lasting=lasting
+    )
+
+
 def fate(run: Values) -> tuple[str, float | None]:
     """collapsed, and when; quiet; neither; or unlearned, of a run's line."""
-    epochs, robust = run["epochs"], run["robust_accuracy"]
-    if max(robust[1:]) < LEARNED:
+    robust = run["robust_accuracy"]
+    best = max(robust[1:])
+    if best < LEARNED:
         return "unlearned", None
-    lasting = metrics.catastrophic_overfitting(
-        epochs, run["fgsm_accuracy"], robust, lasting=metrics.LASTING_EPOCHS
-    )
-    if lasting is not None:
-        return "collapsed", lasting.epoch
-    halved = any(
-        best >= LEARNED and now <= metrics.COLLAPSE_SHARE * best
-        for best, now in zip(accumulate(robust, max), robust, strict=True)
-    )
-    return "neither" if halved else "quiet", None
+    if falls(run, lasting=metrics.LASTING_EPOCHS) is not None:
+        dated = falls(run, lasting=DATED_EPOCHS)
+        assert dated is not None
+        return "collapsed", dated.epoch
+    # Whatever FGSM accuracy did.
+    halved = falls({**run, "fgsm_accuracy": [1.0] * len(robust)}, lasting=DATED_EPOCHS) is not None
+    kept = median(robust[-SMOOTHED:]) > KEPT * best
+    return "quiet" if kept and not halved else "neither", None
 
 
 def seen_runs(values: Iterable[Values]) -> list[Seen]:
@@ -204,18 +249,30 @@ def seen_runs(values: Iterable[Values]) -> list[Seen]:
         name, collapse = fate(run)
         if name not in JUDGED:
             continue
-        signals = [line for line in lines if line["what"] == "signals"]
+        evaluated = {
+            epoch: dict(zip(VALIDATION, (one_step - robust, robust), strict=True))
+            for epoch, one_step, robust in zip(
+                run["epochs"], run["fgsm_accuracy"], run["robust_accuracy"], strict=True
+            )
+        }
+        signals = [
+            {**line, **evaluated.get(line["epoch"], {})} for line in lines if line["what"] == "signals"
+        ]
+        first, lasting = (falls(run, lasting=time) for time in (0.0, metrics.LASTING_EPOCHS))
         found.append(
             Seen(
-                run["seed"],
-                run["run"].split("-")[0],
-                run["steps_per_epoch"],
-                collapse,
-                [line["epoch"] for line in signals],
-                signals,
-                [line for line in lines if line["what"] == "again"],
-                run.get("raised_at"),
-                run.get("warned_at"),
+                seed=run["seed"],
+                method=run["run"].split("-")[0],
+                eps=run["eps"],
+                steps_per_epoch=run["steps_per_epoch"],
+                collapse=collapse,
+                epochs=[line["epoch"] for line in signals],
+                signals=signals,
+                again=[line for line in lines if line["what"] == "again"],
+                raised_at=run.get("raised_at"),
+                warned_at=run.get("warned_at"),
+                fell=None if first is None else first.epoch,
+                lost=None if lasting is None else lasting.epoch,
             )
         )
     return found
@@ -246,7 +303,7 @@ def choose(runs: Sequence[Seen]) -> list[Chosen]:
         if not all(groups) or not collapsing:
             continue
         limits = [metrics.alarm_threshold(group, false_alarms=FALSE_ALARMS) for group in groups]
-        if watch_noise(replace(watch, form="level"), runs).get("above_noise", 1.0) < 0.5:
+        if watch_noise(watch, runs).get("above_noise", 1.0) < 0.5:
             continue
         set_by = Chosen(watch, max(limits))
         leads = [run.lead(set_by) for run in collapsing]
@@ -268,13 +325,42 @@ def folds(values: Sequence[Values]) -> Iterator[tuple[int, list[Seen], list[Chos
 def watch_worth(one: Chosen, runs: Sequence[Seen]) -> dict[str, float]:
     """Share of the collapses it spoke before, mean lead in steps, share of quiet runs it spoke in; those
     that the runs allow."""
-    leads = [run.lead(one) for run in runs if run.collapse is not None]
-    alarms = [run.exceeds(one) for run in runs if run.collapse is None]
+    alarms = {id(run): run.alarm(one) for run in runs if run.collapse is not None}
+    return _worth(runs, lambda run: alarms[id(run)], lambda run: run.exceeds(one))
+
+
+def cells_worth(runs: Sequence[Seen], others: Sequence[Seen]) -> dict[str, float]:
+    """Likewise, of what knows the method and eps alone: it speaks at the first look where most of the other
+    seeds' runs collapse."""
+
+    def speaks(run: Seen) -> bool:
+        alike = [other.collapse is not None for other in others if _cell(other) == _cell(run)]
+        return sum(alike) > len(alike) / 2
+
+    def alarm(run: Seen) -> float | None:
+        watched = (epoch for epoch in run.epochs if epoch >= WATCHED_FROM)
+        return next(watched, None) if speaks(run) else None
+
+    return _worth(runs, alarm, speaks)
+
+
+def _cell(run: Seen) -> tuple[str, float]:
+    return run.method, run.eps
+
+
+def _worth(
+    runs: Sequence[Seen], alarm: Callable[[Seen], float | None], speaks: Callable[[Seen], bool]
+) -> dict[str, float]:
+    collapsing = [run for run in runs if run.collapse is not None]
+    quiet = [run for run in runs if run.collapse is None]
     found: dict[str, float] = {}
-    if leads:
-        found |= {"in_time": fmean(lead > 0 for lead in leads), "lead": fmean(leads)}
-    if alarms:
-        found["false_alarms"] = fmean(alarms)
+    if collapsing:
+        events = {"": "collapse", "_of_the_first_fall": "fell", "_of_the_lasting_fall": "lost"}
+        for name, event in events.items():
+            leads = [run.steps_until(getattr(run, event), alarm(run)) for run in collapsing]
+            found |= {f"in_time{name}": fmean(lead > 0 for lead in leads), f"lead{name}": fmean(leads)}
+    if quiet:
+        found["false_alarms"] = fmean(speaks(run) for run in quiet)
     return found
 
 
@@ -300,19 +386,28 @@ def detection(watch: Watch, runs: Sequence[Seen]) -> tuple[float, list[tuple[flo
 
 
 def watch_noise(watch: Watch, runs: Sequence[Seen]) -> dict[str, float]:
-    """The standard deviation of a level between sets of examples, and how often the rise before a collapse
-    exceeds twice that."""
+    """The standard deviation of a signal between sets of examples, before any collapse, and how often the
+    rise before a collapse exceeds twice that. A pooled signal's is that of its looks, averaged."""
+    name = watch.signal.removeprefix("cheap/pooled_")
+    pooled = name != watch.signal
+    single = f"cheap/{'update_share' if name == 'share' else name}" if pooled else watch.signal
     pairs = []
     for run in runs:
         first = dict(zip(run.epochs, run.signals, strict=True))
         for line in run.again:
-            a, b = line.get(watch.signal), first[line["epoch"]].get(watch.signal)
-            if a is not None and b is not None and line["epoch"] >= WATCHED_FROM:
+            epoch = line["epoch"]
+            a, b = _scaled(line, single), _scaled(first[epoch], single)
+            before = run.collapse is None or epoch < run.collapse
+            if a is not None and b is not None and epoch >= WATCHED_FROM and before:
                 pairs.append((a - b) ** 2 / 2)
     if not pairs:
         return {}
-    noise = math.sqrt(fmean(pairs))
-    rises = [rise for run in runs if run.collapse is not None and (rise := run.rise(watch)) is not None]
+    noise = math.sqrt(fmean(pairs) / (POOLED if pooled else 1))
+    rises = [
+        rise
+        for run in runs
+        if run.collapse is not None and (rise := run.rise(watch.signal, watch.sign)) is not None
+    ]
     clear = {"above_noise": fmean(rise > CLEAR * noise for rise in rises)} if rises else {}
     return {"noise": noise, **clear}
 
