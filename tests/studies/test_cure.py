@@ -27,7 +27,7 @@ def test_arms_meet_at_both_radii(tier: int) -> None:
     names = {config.name.rpartition("-")[0] for config in runs.values()}
     assert set(FINALISTS) <= names
     tuned = {config.name.rpartition("-")[0] for config in STUDY.runs(tier, [1]).values()}
-    steered = {arm for arm in tuned if cure.kind(arm) == cure.STEERED} - {cure.SPECTRAL}
+    steered = {arm for arm in tuned if cure.kind(arm) == cure.STEERED} - {cure.SPECTRAL, cure.FROM_FGSM}
     assert names == tuned - steered  # variants are for the seeds that choose
     assert bool(steered) == TIERS[tier].whole
     assert len(runs) == 2 * len(names)
@@ -39,6 +39,7 @@ def test_arms_meet_at_both_radii(tier: int) -> None:
         assert config.method["eps"] == config.eps
         assert list(config.method["buffer_updates"]) == ["loss"]
         assert (config.switch.rule == "alarm") == arm.startswith("spectral")
+        assert (config.switch.rule == "fixed") == (arm in (cure.FIXED, cure.GUARDED))
         if config.switch.to:
             assert config.switch.to["eps"] == config.eps
             assert list(config.switch.to["buffer_updates"]) == ["loss"]
@@ -83,7 +84,7 @@ def test_a_run_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # arm -> robust accuracy in points, cost, whether it collapses
 PLANTED = {
     "fgsm": (5.0, 50.0, True),
-    "fgsm_rs": (40.0, 50.0, False),
+    "fgsm_rs": (40.0, 50.0, True),
     "n_fgsm": (44.0, 50.0, False),
     "zero_grad": (30.0, 50.0, False),
     "grad_align": (45.0, 110.0, False),
@@ -92,6 +93,7 @@ PLANTED = {
     "n_fgsm-long": (45.0, 70.0, False),
     "atta": (46.5, 50.0, False),
     "spectral": (48.0, 54.0, False),
+    "spectral-from-fgsm": (47.0, 55.0, False),
 }
 
 
@@ -114,13 +116,14 @@ def planted(seeds: range, **changed: tuple[float, float, bool]) -> list[Line]:
     lines = []
     for seed in seeds:
         for arm, (robust, cost, collapses) in {**PLANTED, **changed}.items():
-            for eps in (0.2, 0.3):
+            for eps, place in ((0.2, "lower"), (0.3, "larger")):
                 line: Line = {
                     "run": f"{arm}-{eps}-{seed}",
                     "seed": seed,
                     "arm": arm,
                     "kind": cure.kind(arm),
                     "eps": eps,
+                    "place": place,
                     "clean_accuracy": 0.8,
                     "apgd_accuracy": robust / 100 + 0.001 * (seed % 3) - 0.2 * (eps == 0.3),
                     "autoattack_accuracy": robust / 100 + 0.001 * (seed % 3) - 0.05,
@@ -148,6 +151,8 @@ def test_verdicts_on_planted_values() -> None:
     assert {name: verdict.verdict for name, verdict in found.items()} == {
         "collapses": "supported",
         "cured": "supported",
+        "by-the-alarm": "supported",
+        "fgsm-too": "supported",
         "cost": "supported",
         "n-fgsm": "supported",
         "grad-align": "supported",
@@ -161,6 +166,7 @@ def test_verdicts_on_planted_values() -> None:
     assert found["cost"].effect == pytest.approx(54 / 50)
     assert found["steering"].effect == pytest.approx(0.02)
     assert found["cured"].interval == pytest.approx(wilson_interval(10, 10))
+    assert found["by-the-alarm"].effect == 1
     assert found["n-fgsm"].effect == pytest.approx(-4)
 
 
@@ -177,12 +183,17 @@ def test_a_cure_that_fails_is_refuted() -> None:
 
 
 def test_a_cure_at_one_eps_is_none() -> None:
-    for kept in (0.2, 0.3):
+    for kept in cure.PLACES:
         lines = [
-            line | along(True) if (line["arm"], line["eps"]) == ("spectral", kept) else line
+            line | along(True) if (line["arm"], line["place"]) == ("spectral", kept) else line
             for line in planted(SEEDS)
         ]
-        assert verdicts(lines)["cured"].verdict == "refuted"
+        found = verdicts(lines)
+        assert found["cured"].verdict == "refuted"
+        assert found["by-the-alarm"].effect == 0.5
+        # Nor is what was tried at one alone.
+        alone = [line for line in planted(SEEDS) if line["place"] == kept]
+        assert {verdict.verdict for verdict in verdicts(alone).values()} == {"inconclusive"}
 
 
 def test_a_network_that_never_learned_is_not_cured_nor_one_that_dipped() -> None:
@@ -191,6 +202,7 @@ def test_a_network_that_never_learned_is_not_cured_nor_one_that_dipped() -> None
     for changed in (unlearned, along(True, lasting=False), without_fgsm):
         lines = [line | changed if line["arm"] == "spectral" else line for line in planted(SEEDS)]
         assert verdicts(lines)["cured"].effect == 0
+        assert verdicts(lines)["by-the-alarm"].effect == 0
     dips = [line | along(True, lasting=False) if line["arm"] == "fgsm" else line for line in planted(SEEDS)]
     found = verdicts(dips)
     assert found["collapses"].verdict == "refuted"
