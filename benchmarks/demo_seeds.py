@@ -11,9 +11,11 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tangentlab.metrics import catastrophic_overfitting
 from tangentlab.records import RunRecord, environment
 from tangentlab.report.subject import subjects
 from tangentlab.runs import train
@@ -53,6 +55,7 @@ def main() -> None:
 def row(record: RunRecord, method: str, seed: int, seconds: float) -> dict[str, Any]:
     """What one run shows."""
     (run,), status = subjects([record]), record.status
+    curves = {name: dict(zip(("epoch", "value"), record.series(name), strict=True)) for name in CURVES}
     looks = zip(*record.series("alarm/raised"), strict=True)
     return {
         "method": method,
@@ -60,14 +63,22 @@ def row(record: RunRecord, method: str, seed: int, seconds: float) -> dict[str, 
         "alarm_epoch": next((epoch for epoch, raised in looks if raised), None),
         "kernels_parted_epoch": run.parting,
         "collapse_epoch": run.collapse and run.collapse.epoch,
+        "first_fall_epoch": first_fall(curves),
         "best_robust_accuracy": status["best"]["robust_accuracy"],
         "last_test_accuracy": {
             line["attack"]: line["accuracy"] for line in record.evaluations if line["checkpoint"] == "last"
         },
         "seconds": seconds,
         "probe_share": status["probe_seconds"] / status["train_seconds"],
-        "curves": {name: dict(zip(("epoch", "value"), record.series(name), strict=True)) for name in CURVES},
+        "curves": curves,
     }
+
+
+def first_fall(curves: Mapping[str, Mapping[str, list[float]]]) -> float | None:
+    """When robust accuracy was first below half of its best, whether it recovered or not."""
+    robust, of_fgsm = curves["robust_accuracy"], curves["fgsm_accuracy"]
+    fall = catastrophic_overfitting(robust["epoch"], of_fgsm["value"], robust["value"])
+    return None if fall is None else fall.epoch
 
 
 if __name__ == "__main__":

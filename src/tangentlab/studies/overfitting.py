@@ -93,14 +93,15 @@ _COMMON = (
     f"--evaluation.test_size=200 --alarm.every={LOOK_EVERY}"
 )
 TIERS = {
-    0: Tier("digits", "", (0.2, 0.28, 0.34), every=0.5),
+    # FGSM training keeps what it learns at 0.2, decays at 0.24 and collapses at 0.28 on most seeds.
+    0: Tier("digits", "", (0.2, 0.24, 0.28), every=0.5),
     1: Tier(
         "fashion-mnist",
         # At a rate of 0.02 collapses seldom last, at 0.1 networks die or hardly learn. At 0.05 FGSM training
-        # collapses at eps 0.2 and not at 0.15; at 0.25 it never learns, and FGSM-RS does (2,000 images).
+        # collapses at eps 0.2 and not at 0.15; at 0.3 it never learns, FGSM-RS and N-FGSM do and collapse.
         f"{COLD} --training.epochs=10 --training.batch_size=64 --training.schedule=constant "
         "--training.learning_rate=0.05 --channels_last=true --data.validation_size=400",
-        (0.15, 0.2, 0.25),
+        (0.15, 0.2, 0.3),
     ),
     2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), 0.25, ("pgd", "n_fgsm"), SINGLE_STEP),
 }
