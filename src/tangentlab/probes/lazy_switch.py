@@ -74,7 +74,9 @@ class LazySwitch:
     The root, since steps that jitter about a point turn the kernel in proportion to it, and a rate that falls
     is not to make it look lazy. A rate that rises leaves v* alone: early, the kernel turns as fast at small
     rates, and would look lazy at the first large one. Nor does it say that the kernel is lazy: a network that
-    warms up may rest before it learns. Call at every step, with the rate; where none was ever given η is 1.
+    warms up may rest before it learns. So a v* of a warm-up's small rates stays when the rate falls to as
+    small a one, and the kernel does look lazy there. Call at every step, with the rate; where none was ever
+    given η is 1.
 
     A kernel that cannot be measured (a network that has died has none) says nothing; the rest goes on.
 
