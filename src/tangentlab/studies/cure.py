@@ -304,13 +304,17 @@ class Runs:
         self.seeds = sorted({seed for seed, *_ in self._lines})
         self.rivals = sorted({arm for _, arm, _ in self._lines}.intersection(RIVALS))
 
-    def line(self, seed: int, arm: str) -> list[Values]:
-        """At the lower eps and the larger; raises KeyError where one was not measured."""
+    def lower(self, seed: int, arm: str) -> Values:
+        """At the lower eps; raises KeyError where it was not measured."""
+        return self._lines[seed, arm, PLACES[0]]
+
+    def both(self, seed: int, arm: str) -> list[Values]:
+        """At the lower eps and the larger; likewise."""
         return [self._lines[seed, arm, place] for place in PLACES]
 
     def cured(self, seed: int, arm: str) -> list[bool]:
         """Whether the arm's runs learned and stayed quiet, at either eps."""
-        return [fate(line)[0] == "quiet" for line in self.line(seed, arm)]
+        return [fate(line)[0] == "quiet" for line in self.both(seed, arm)]
 
     def least_cured(self, arm: str) -> dict[int, list[bool]]:
         """seed -> the outcome at the eps where fewer are."""
@@ -324,12 +328,12 @@ class Runs:
 
     def cost(self, seed: int, arm: str) -> float:
         """Over FGSM's; the larger of the two eps."""
-        pairs = zip(self.line(seed, arm), self.line(seed, "fgsm"), strict=True)
+        pairs = zip(self.both(seed, arm), self.both(seed, "fgsm"), strict=True)
         return max(float(own["cost"] / fgsm["cost"]) for own, fgsm in pairs)
 
     def robust(self, seed: int, arm: str, attack: str = "apgd") -> float:
         """Robust accuracy in points at the lower eps."""
-        return 100 * float(self.line(seed, arm)[0][f"{attack}_accuracy"])
+        return 100 * float(self.lower(seed, arm)[f"{attack}_accuracy"])
 
     def loses(self, rival: str, seed: int, attack: str = "apgd") -> float:
         """Robust accuracy of the rival minus spectral training's."""
@@ -349,7 +353,7 @@ class Runs:
 
     def kept(self, seed: int) -> float:
         """Robust accuracy of FGSM training before the alarm, over its last."""
-        lines, last = self.line(seed, "fgsm"), "apgd_accuracy"
+        lines, last = self.both(seed, "fgsm"), "apgd_accuracy"
         gains = [line.get("kept_accuracy", line[last]) - line[last] for line in lines if _collapsed(line)]
         if not gains:
             raise KeyError("no collapse")
@@ -357,7 +361,7 @@ class Runs:
 
     def steering(self, seed: int) -> float:
         """Seconds of the looks over those of training, at the lower eps."""
-        line = self.line(seed, SPECTRAL)[0]
+        line = self.lower(seed, SPECTRAL)
         return float(line["steering_seconds"] / line["train_seconds"])
 
 
@@ -378,7 +382,7 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
         KEPT: seen.kept,
     }
     shares: Mapping[Claim, Mapping[int, list[bool]]] = {
-        COLLAPSES: measured(seen.seeds, lambda seed: [_collapsed(seen.line(seed, "fgsm")[0])]),
+        COLLAPSES: measured(seen.seeds, lambda seed: [_collapsed(seen.lower(seed, "fgsm"))]),
         CURED: seen.least_cured(SPECTRAL),
         FGSM_TOO: seen.least_cured(FROM_FGSM),
     }
