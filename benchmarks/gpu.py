@@ -46,12 +46,12 @@ SHAPE = (3, 32, 32)
 ROOT = Path(__file__).parents[1]
 STUDIES = {
     # Small ones first: what fails on a GPU alone shows in a minute.
-    "transfer-tier0": "transfer --tier 0 --seeds 3",
+    "transfer-tier0": "transfer --tier 0 --seeds 6",
     "overfitting-tier0": "overfitting --tier 0 --seeds 0 --only fgsm-0.28",
-    "lazy-tier1": "lazy --tier 1 --seeds 3 4 5",
-    "cure-tier1": "cure --tier 1 --seeds 2 3 4 5 6",
-    "overfitting-tier1": "overfitting --tier 1 --seeds 2 3 4 5 6",
-    "cure-tier3": "cure --tier 3 --seeds 2 3 4 --precision bf16",
+    "lazy-tier1": "lazy --tier 1 --seeds 7 8 9 --precision bf16",
+    "cure-tier1": "cure --tier 1 --seeds 3 4 5 6 7",
+    "overfitting-tier1": "overfitting --tier 1 --seeds 3 4 5 6 7",
+    "cure-tier3": "cure --tier 3 --seeds 3 4 5 --precision bf16",
 }
 STAGES = ("checks", "errors", "kernels", "steps", "methods", *STUDIES)
 METHODS = ("spectral", "lazy", "trades", "n_fgsm", "fgsm_pgi", "grad_align", "atta", "free")
