@@ -325,8 +325,7 @@ def folds(values: Sequence[Values]) -> Iterator[tuple[int, list[Seen], list[Chos
 def watch_worth(one: Chosen, runs: Sequence[Seen]) -> dict[str, float]:
     """Share of the collapses it spoke before, mean lead in steps, share of quiet runs it spoke in; those
     that the runs allow."""
-    alarms = {id(run): run.alarm(one) for run in runs if run.collapse is not None}
-    return _worth(runs, lambda run: alarms[id(run)], lambda run: run.exceeds(one))
+    return _worth(runs, lambda run: run.alarm(one), lambda run: run.exceeds(one))
 
 
 def cells_worth(runs: Sequence[Seen], others: Sequence[Seen]) -> dict[str, float]:
@@ -356,8 +355,9 @@ def _worth(
     found: dict[str, float] = {}
     if collapsing:
         events = {"": "collapse", "_of_the_first_fall": "fell", "_of_the_lasting_fall": "lost"}
+        alarms = [(run, alarm(run)) for run in collapsing]
         for name, event in events.items():
-            leads = [run.steps_until(getattr(run, event), alarm(run)) for run in collapsing]
+            leads = [run.steps_until(getattr(run, event), epoch) for run, epoch in alarms]
             found |= {f"in_time{name}": fmean(lead > 0 for lead in leads), f"lead{name}": fmean(leads)}
     if quiet:
         found["false_alarms"] = fmean(speaks(run) for run in quiet)
