@@ -23,9 +23,9 @@ from tangentlab.studies import cure
 from tangentlab.studies.overfitting_watches import TUNING_SEEDS
 
 SETTINGS = {
-    "grad_align": ("alignment", (0.05, 0.2, 0.5, 2.0)),
+    "grad_align": ("alignment", (0.05, 0.2, 0.5, 2.0, 10.0)),
     "n_fgsm": ("noise", (0.5, 1.0, 2.0)),
-    "fgsm_pgi": ("consistency", (0.3, 1.0, 3.0)),
+    "fgsm_pgi": ("consistency", (0.3, 1.0, 3.0, 10.0)),
     "zero_grad": ("quantile", (0.35, 0.7)),
 }
 KEPT = (
