@@ -13,6 +13,7 @@ from tangentlab.metrics import wilson_interval
 from tangentlab.report.values import value_figure
 from tangentlab.runs import train
 from tangentlab.studies import overfitting, overfitting_signals
+from tangentlab.studies import overfitting_claims as judging
 from tangentlab.studies.claims import Verdict
 from tangentlab.studies.overfitting import STUDY, TIERS, Tier
 from tangentlab.studies.overfitting_signals import COSTS, SIGNALS
@@ -192,10 +193,10 @@ def test_the_shipped_alarm_is_judged_by_when_it_spoke_itself(values: list[Line])
         for line in values
     ]
     found = {v.claim: v for v in STUDY.judge(late, "here")}
-    assert found[overfitting.DEPLOYED].effect == 0.5
-    assert found[overfitting.DEPLOYED_QUIET].effect == pytest.approx(0.5 / 9)
-    assert found[overfitting.DEPLOYED_CONTROLS].effect == 0
-    assert found[overfitting.IN_TIME].effect == 1
+    assert found[judging.DEPLOYED].effect == 0.5
+    assert found[judging.DEPLOYED_QUIET].effect == pytest.approx(0.5 / 9)
+    assert found[judging.DEPLOYED_CONTROLS].effect == 0
+    assert found[judging.IN_TIME].effect == 1
 
 
 def test_no_seed_is_judged_by_its_own_choice(values: list[Line]) -> None:
@@ -213,11 +214,11 @@ def test_no_seed_is_judged_by_its_own_choice(values: list[Line]) -> None:
     judged = {v.claim for v in STUDY.judge(one, "here") if v.values}
     # Whose threshold is the shipped one, or which have none.
     assert judged == {
-        overfitting.DEPLOYED,
-        overfitting.DEPLOYED_QUIET,
-        overfitting.DEPLOYED_CONTROLS,
-        overfitting.TIME,
-        overfitting.KERNEL_PART,
+        judging.DEPLOYED,
+        judging.DEPLOYED_QUIET,
+        judging.DEPLOYED_CONTROLS,
+        judging.TIME,
+        judging.KERNEL_PART,
     }
 
 

@@ -38,6 +38,7 @@ from tangentlab.runs import RunConfig, evaluate, load_config
 from tangentlab.runs.evaluation import BEFORE_ALARM, checkpoint_path
 from tangentlab.studies import overfitting
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, judge_share, measured
+from tangentlab.studies.overfitting_claims import LOOK_EVERY
 from tangentlab.studies.overfitting_watches import TUNING_SEEDS, fate
 from tangentlab.studies.study import Study, Values
 
@@ -112,7 +113,7 @@ def arms(tier: Tier, eps: float) -> dict[str, str]:
         "fgsm_pgi": f"{single['fgsm_pgi']} --method.consistency=1",
         "grad_align": f"{single['grad_align']} --method.alignment={tier.alignment[tier.eps.index(eps)]}",
         "atta": f"{single['atta']} --method.reset_epochs=null",
-        "fgsm": f"--method=fgsm --alarm.every={overfitting.LOOK_EVERY}",  # that only watches
+        "fgsm": f"--method=fgsm --alarm.every={LOOK_EVERY}",  # that only watches
         **{f"{method}-long": f"--method={method} {longer}" for method in ("fgsm_rs", "n_fgsm", "zero_grad")},
         "pgd-2": two_steps,
         SPECTRAL: "--method=spectral",
@@ -278,7 +279,7 @@ BEST = Claim(
 )
 STEERING = Claim(
     "cure/steering",
-    f"Its looks, one every {overfitting.LOOK_EVERY} steps, take less than 3 % of the training time.",
+    f"Its looks, one every {LOOK_EVERY} steps, take less than 3 % of the training time.",
     "seconds of the looks over those of training; lower eps",
     0.03,
     above=False,
