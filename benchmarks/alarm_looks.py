@@ -22,9 +22,13 @@ from tangentlab.records import environment, read_run
 from tangentlab.runs import RunConfig, check_outcomes, train_many
 from tangentlab.runs.display import ProgressDisplay
 from tangentlab.studies import overfitting
-from tangentlab.studies.overfitting_watches import JUDGED, ONE_STEP, TUNING_SEEDS
-
-THRESHOLDS = [round(0.3 + 0.05 * k, 2) for k in range(14)]
+from tangentlab.studies.overfitting_watches import (
+    ONE_STEP,
+    THRESHOLDS,
+    TUNING_SEEDS,
+    alarm_worth,
+    seen_runs,
+)
 
 
 def main() -> None:
@@ -59,34 +63,16 @@ def watched(tier: int, seed: int) -> dict[str, RunConfig]:
 
 
 def row(path: Path, config: RunConfig) -> dict[str, Any]:
-    """The study's line of the run, and its looks."""
-    record = read_run(path)
-    looks = {name: record.series(f"alarm/{name}") for name in ("share", "pooled")}
-    return {
-        "seed": config.seed,
-        "method": config.method["name"],
-        **overfitting.run_line(record, config),
-        **{name: {"epochs": epochs, "values": values} for name, (epochs, values) in looks.items()},
-    }
+    """The study's line of the run."""
+    told = {"run": path.name, "seed": config.seed, "method": config.method["name"]}
+    return {**told, **overfitting.run_line(read_run(path), config)}
 
 
 def by_threshold(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the runs that collapsed and of the quiet ones, in how many it spoke (before the collapse)."""
-    found = []
-    for threshold in THRESHOLDS:
-        line: dict[str, Any] = {"threshold": threshold, "in_time": 0, "collapsed": 0, "false": 0, "quiet": 0}
-        for run in rows:
-            if run["fate"] not in JUDGED:
-                continue
-            looks = zip(run["pooled"]["epochs"], run["pooled"]["values"], strict=True)
-            spoke = next((epoch for epoch, pooled in looks if pooled < threshold), None)
-            line[run["fate"]] += 1
-            if run["fate"] == "quiet":
-                line["false"] += spoke is not None
-            else:
-                line["in_time"] += spoke is not None and spoke < run["collapse"]
-        found.append(line)
-    return found
+    """Of the runs that collapsed, the share that it spoke before; of the quiet ones, that it spoke in."""
+    runs = seen_runs(rows)
+    counts = {"collapsed": sum(run.collapse is not None for run in runs), "runs": len(runs)}
+    return [{"threshold": threshold, **counts, **alarm_worth(threshold, runs)} for threshold in THRESHOLDS]
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_a_run_is_read_checkpoint_by_checkpoint(monkeypatch: pytest.MonkeyPatch,
     assert run["steps_per_epoch"] == 3
     assert run["collapse"] is None
     assert run["robust_accuracy"] == record.series("robust_accuracy")[1]
-    assert (run["raised_at"], run["looks"]) == (None, len(record.series("alarm/raised")[1]))
+    assert run["alarm_epochs"] == record.series("alarm/pooled")[0]
     assert [line["step"] for line in signals] == [0, 2, 4, 6, 8]
     assert [line["step"] for line in again] == [0, 4, 8]
     pooled = {name for name in COSTS if "pooled" in name}  # of three looks, and of the first examples alone
@@ -96,8 +96,10 @@ def planted(collapse: float | None, seed: int, number: int, **changed: Any) -> l
         "epochs": list(range(40)),
         "robust_accuracy": [0.0 if now else 0.5 for now in down],
         "fgsm_accuracy": [0.9] * 40,
-        "raised_at": None if collapse is None else collapse - 3,
-        "warned_at": None if collapse is None else collapse - 3,
+        "alarm_epochs": list(range(40)),
+        "alarm_pooled": [
+            0.3 if collapse is not None and epoch >= collapse - 3 else 0.9 for epoch in range(40)
+        ],
         "train_seconds": 100.0,
         "probe_seconds": 2.0,
     }
@@ -187,7 +189,7 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
 
 def test_the_shipped_alarm_is_judged_by_when_it_spoke_itself(values: list[Line]) -> None:
     late = [
-        {**line, "raised_at": 1.0, "warned_at": 39.0}
+        {**line, "alarm_epochs": [1.0, 38.0, 39.0], "alarm_pooled": [0.3, 0.9, 0.3]}
         if line["what"] == "run" and line["seed"] % 2 and line["method"] != "pgd"
         else line
         for line in values
@@ -197,6 +199,18 @@ def test_the_shipped_alarm_is_judged_by_when_it_spoke_itself(values: list[Line])
     assert found[judging.DEPLOYED_QUIET].effect == pytest.approx(0.5 / 9)
     assert found[judging.DEPLOYED_CONTROLS].effect == 0
     assert found[judging.IN_TIME].effect == 1
+
+
+def test_the_shipped_alarm_at_other_thresholds(values: list[Line]) -> None:
+    found = {
+        (line["seed"], line["threshold"]): (line["in_time"], line["false_alarms"])
+        for line in STUDY.derive(values)
+        if line["what"] == "alarm"
+    }
+    seed = SEEDS[0]
+    assert found[seed, 0.3] == (0, 0)
+    assert found[seed, 0.35] == found[seed, 0.9] == (1, 0)
+    assert found[seed, 0.95] == (0, 1)  # it would be raised from the first look on: a warning of nothing
 
 
 def test_no_seed_is_judged_by_its_own_choice(values: list[Line]) -> None:

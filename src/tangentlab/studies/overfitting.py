@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from tangentlab import data
+from tangentlab.probes.overfitting_alarm import THRESHOLD
 from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig, load_config
@@ -49,11 +50,13 @@ from tangentlab.studies.overfitting_signals import (
 from tangentlab.studies.overfitting_watches import (
     JUDGED,
     SINGLE_STEP,
+    THRESHOLDS,
     TUNING_SEEDS,
     UPDATE_SHARES,
     Chosen,
     Seen,
     Watch,
+    alarm_worth,
     cells_worth,
     detection,
     fate,
@@ -87,7 +90,8 @@ class Tier:
 
 _COMMON = (
     "--probe.size=0 --threads=1 --evaluation.num_steps=10 --evaluation.test_num_steps=10 "
-    f"--evaluation.test_size=200 --alarm.every={LOOK_EVERY}"
+    # It only watches: what it saw is judged at the shipped threshold, whatever its own.
+    f"--evaluation.test_size=200 --alarm.every={LOOK_EVERY} --alarm.threshold=0.5"
 )
 TIERS = {
     # FGSM training keeps what it learns at 0.2, decays at 0.24 and collapses at 0.28 on most seeds.
@@ -165,10 +169,7 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
 def run_line(record: RunRecord, config: RunConfig) -> dict[str, Any]:
     """The run's line."""
     epochs, robust = record.series("robust_accuracy")
-    times, raised = record.series("alarm/raised")
-    could = record.series("alarm/pooled")[0]
-    alarms = [at for at, answer in zip(times, raised, strict=True) if answer]
-    quiet = [at for at in could if at not in alarms]
+    looked, pooled = record.series("alarm/pooled")
     last = record.metrics[-1]
     run = {
         "what": "run",
@@ -177,9 +178,8 @@ def run_line(record: RunRecord, config: RunConfig) -> dict[str, Any]:
         "robust_accuracy": robust,
         **{f"{name}_accuracy": record.series(f"{name}_accuracy")[1] for name in ("fgsm", "clean")},
         "steps_per_epoch": last["step"] / last["epoch"],
-        "raised_at": min(alarms, default=None),
-        "warned_at": next((at for at in alarms if quiet and at > quiet[0]), None),
-        "looks": len(times),
+        "alarm_epochs": looked,
+        "alarm_pooled": [float(f"{share:.4g}") for share in pooled],
         **{f"{name}_seconds": record.status[f"{name}_seconds"] for name in ("train", "probe")},
     }
     name, collapse = fate(run)
@@ -188,7 +188,8 @@ def run_line(record: RunRecord, config: RunConfig) -> dict[str, Any]:
 
 def derive(values: Sequence[Values]) -> Iterator[Values]:
     """By ``what``: "fate" of each run; "factors" of the update share about a collapse; "watch", what a signal
-    is worth on a seed; "area" under its ROC and, of the best of each kind, "roc"."""
+    is worth on a seed; "alarm", what the shipped one is at other thresholds; "area" under a signal's ROC and,
+    of the best of each kind, "roc"."""
     runs = seen_runs(values)
     yield from _fates(values)
     for run in runs:
@@ -200,6 +201,9 @@ def derive(values: Sequence[Values]) -> Iterator[Values]:
             best.setdefault(one.watch.signal, one)
         watches += [one.watch for one in best.values()]
         yield from (_worth(one, seed, own) for one in best.values())
+        for threshold in THRESHOLDS:
+            worth = alarm_worth(threshold, own)
+            yield {"what": "alarm", "seed": seed, "threshold": threshold, **worth}
         others = [run for run in runs if run.seed != seed]
         cells = {"signal": "method and eps", "watch": "method and eps", "family": "no signal", "cost": "any"}
         yield {"what": "watch", **cells, "seed": seed, "passes": 0, **cells_worth(own, others)}
@@ -211,7 +215,7 @@ def _fates(values: Sequence[Values]) -> Iterator[Values]:
     for line in values:
         if line["what"] == "run":
             told = {key: line[key] for key in ("seed", "method", "eps")}
-            told["raised"] = float(line["raised_at"] is not None)
+            told["raised"] = float(any(share < THRESHOLD for share in line["alarm_pooled"]))
             yield {"what": "fate", **told, **{name: float(fate(line)[0] == name) for name in FATES}}
 
 
@@ -302,6 +306,19 @@ FIGURES = (
         point="place",
         colour="watch",
         where={"what": "roc"},
+    ),
+    ValueFigure(
+        key="threshold",
+        title="The shipped alarm by its threshold",
+        caption=f"Share of a seed's runs, had the alarm that every run trains under been raised below that "
+        f"share; it is at {THRESHOLD}.",
+        y=(
+            Quantity("in_time", "share of the runs", "spoke in time", percent=True),
+            Quantity("false_alarms", "share of the runs", "false alarms", percent=True),
+        ),
+        x="threshold",
+        colour="y",
+        where={"what": "alarm"},
     ),
     ValueFigure(
         key="fates",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from tangentlab.probes.overfitting_alarm import THRESHOLD
 from tangentlab.runs.parsing import STEERING_ALARM
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, judge_share
 from tangentlab.studies.overfitting_signals import BUDGET
@@ -140,11 +141,11 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
         clean = next((one for one in order if one.watch.signal.startswith("clean/")), None)
         if clean is not None:
             outcomes[SPECTRUM_ALONE][seed] = [run.lead(clean) > 0 for run in collapsing]
-        warned = [run.steps_until(run.collapse, run.warned_at) > 0 for run in collapsing]
+        warned = [run.steps_until(run.collapse, run.warned(THRESHOLD)) > 0 for run in collapsing]
         outcomes[DEPLOYED][seed] = warned
-        outcomes[DEPLOYED_QUIET][seed] = [run.raised_at is not None for run in quiet]
+        outcomes[DEPLOYED_QUIET][seed] = [run.raised(THRESHOLD) for run in quiet]
         controls = [run for run in quiet if run.method not in SINGLE_STEP]
-        outcomes[DEPLOYED_CONTROLS][seed] = [run.raised_at is not None for run in controls]
+        outcomes[DEPLOYED_CONTROLS][seed] = [run.raised(THRESHOLD) for run in controls]
         if parts := [part for run in collapsing if (part := run.kernel_part()) is not None]:
             effects[KERNEL_PART][seed] = fmean(parts)
     effects[TIME] = _alarm_time(values)

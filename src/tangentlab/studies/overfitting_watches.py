@@ -42,6 +42,7 @@ WATCHED_FROM = 1.0  # epochs
 SMOOTHED = 3  # looks whose median is watched
 BEFORE = 8  # looks whose median a change is told from; four at least
 FALSE_ALARMS = 0.05
+THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(2, 20))  # that the shipped alarm is tried at
 JUDGED = ("collapsed", "quiet")  # fates
 LEARNED = 0.15  # robust accuracy, of ten classes
 DATED_EPOCHS = 0.5  # below half of its best, from which a collapse is dated and a run not quiet
@@ -100,9 +101,8 @@ WATCHES = [
 class Seen:
     """A run: what was seen of it, and when it collapsed, in epochs.
 
-    ``fell`` and ``lost`` are when it first fell, and when it did for one and a half epochs. ``raised_at`` is
-    the epoch at which the run's own alarm was first raised, ``warned_at`` that at which it was after a look
-    that could have raised it and did not.
+    ``fell`` and ``lost`` are when it first fell, and when it did for one and a half epochs. ``alarm_epochs``
+    are those of the looks of its own alarm that could raise it, ``alarm_pooled`` the shares that they saw.
     """
 
     seed: int
@@ -113,8 +113,8 @@ class Seen:
     epochs: Sequence[float]
     signals: Sequence[Values]
     again: Sequence[Values] = ()
-    raised_at: float | None = None
-    warned_at: float | None = None
+    alarm_epochs: Sequence[float] = ()
+    alarm_pooled: Sequence[float] = ()
     fell: float | None = None
     lost: float | None = None
     _scores: dict[Watch, tuple[list[float], list[float]]] = field(default_factory=dict)
@@ -149,6 +149,20 @@ class Seen:
         limit = chosen.threshold
         below = next((place for place, value in enumerate(values) if value <= limit), len(values))
         return metrics.first_alarm(times[below:], values[below:], limit) if times[below:] else None
+
+    def raised(self, threshold: float) -> bool:
+        """Whether its own alarm would ever be raised."""
+        return any(pooled < threshold for pooled in self.alarm_pooled)
+
+    def warned(self, threshold: float) -> float | None:
+        """The epoch at which its own alarm would first be raised after a look that did not."""
+        looks = zip(self.alarm_epochs, self.alarm_pooled, strict=True)
+        silent = False
+        for epoch, pooled in looks:
+            if silent and pooled < threshold:
+                return epoch
+            silent = silent or pooled >= threshold
+        return None
 
     def rise(self, signal: str, sign: int) -> float | None:
         """What a signal gained at the last look before the collapse, over its median until then."""
@@ -269,8 +283,8 @@ def seen_runs(values: Iterable[Values]) -> list[Seen]:
                 epochs=[line["epoch"] for line in signals],
                 signals=signals,
                 again=[line for line in lines if line["what"] == "again"],
-                raised_at=run.get("raised_at"),
-                warned_at=run.get("warned_at"),
+                alarm_epochs=run["alarm_epochs"],
+                alarm_pooled=run["alarm_pooled"],
                 fell=None if first is None else first.epoch,
                 lost=None if lasting is None else lasting.epoch,
             )
@@ -326,6 +340,11 @@ def watch_worth(one: Chosen, runs: Sequence[Seen]) -> dict[str, float]:
     """Share of the collapses it spoke before, mean lead in steps, share of quiet runs it spoke in; those
     that the runs allow."""
     return _worth(runs, lambda run: run.alarm(one), lambda run: run.exceeds(one))
+
+
+def alarm_worth(threshold: float, runs: Sequence[Seen]) -> dict[str, float]:
+    """Likewise, of the runs' own alarm at another threshold than its own."""
+    return _worth(runs, lambda run: run.warned(threshold), lambda run: run.raised(threshold))
 
 
 def cells_worth(runs: Sequence[Seen], others: Sequence[Seen]) -> dict[str, float]:
