@@ -69,7 +69,7 @@ def test_the_weights_before_the_alarm_are_kept_judged_and_told_of(
     assert [line["alarm/share"] for line in looks] == SHARES
     assert [line["alarm/raised"] for line in looks] == [False] * 4 + [True, True, False, False, True]
     assert looks[4]["alarm/pooled"] == pytest.approx(1.6 / 3)
-    assert looks[4]["alarm/threshold"] == 0.65
+    assert looks[4]["alarm/threshold"] == 0.6
     path = tmp_path / "run" / "checkpoints" / "before-alarm.safetensors"
     kept, metadata = read_tensors(path)
     # Those of the first: after it they may be of a network that is lost already.
@@ -199,7 +199,7 @@ def test_what_steers_by_the_alarm_is_taken_and_left_from_a_run_folder_too(tmp_pa
     assert (steered.alarm.every, steered.alarm.threshold) == (25, 0.75)
     plain = load_config(folders["steered"], ["--switch.rule=none"])
     assert plain == load_config(folders["plain"])
-    assert (plain.alarm.every, plain.alarm.threshold) == (None, 0.65)
+    assert (plain.alarm.every, plain.alarm.threshold) == (None, 0.6)
     own = load_config(folders["plain"], ["--method=spectral", "--alarm.threshold=0.5"])
     assert (own.alarm.every, own.alarm.threshold) == (25, 0.5)
 
