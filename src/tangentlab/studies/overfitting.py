@@ -104,7 +104,16 @@ TIERS = {
         "--training.learning_rate=0.05 --channels_last=true --data.validation_size=400",
         (0.15, 0.2, 0.3),
     ),
-    2: Tier("cifar10-narrow", "--training.epochs=15", (16 / 255,), 0.25, ("pgd", "n_fgsm"), SINGLE_STEP),
+    2: Tier(
+        "cifar10-narrow",
+        # Augmented, at constant rates or without a ramp of eps, so narrow a network swings and decays; so it
+        # collapses within an epoch.
+        "--data.crop=0 --data.flip=false --data.validation_size=300 --channels_last=true "
+        "--training.epochs=15 --training.batch_size=64 --training.schedule=constant "
+        "--training.eps_schedule=linear",
+        (24 / 255,),
+        controls=("pgd", "n_fgsm"),
+    ),
 }
 AGAIN = 4  # looks between those on other examples
 AFTERWARDS = 3  # epochs that are looked at after a collapse
