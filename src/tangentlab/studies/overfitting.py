@@ -111,7 +111,7 @@ TIERS = {
         "--data.crop=0 --data.flip=false --data.validation_size=300 --channels_last=true "
         "--training.epochs=15 --training.batch_size=64 --training.schedule=constant "
         "--training.eps_schedule=linear",
-        (24 / 255,),
+        (20 / 255, 24 / 255),
         controls=("pgd", "n_fgsm"),
     ),
 }
