@@ -3,9 +3,9 @@
     python benchmarks/alarm_looks.py results/overfitting/looks-tier1.json --tier 1 [--jobs 2]
 
 The single-step runs of the study of overfitting on the seeds that no verdict rests on, N-FGSM's among them,
-which does not collapse. The runs are written to a temporary folder; the JSON file keeps their looks, what
-became of them, and by threshold in how many of the collapses the alarm would have spoken in time and in how
-many of the quiet runs for nothing.
+which is said not to collapse. The runs are written to a temporary folder; the JSON file keeps their looks,
+what became of them, and by threshold before which share of the collapses the alarm would have spoken, and in
+which share of the quiet runs for nothing.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from tangentlab.probes.signals import one_and_two_steps, update_products
 
 COST = 4 + 2 * 3  # passes an example: FGSM and PGD in two steps, and the loss's gradient on either
 POOLED = 3  # looks that are pooled, each at another part of the examples
-# Of 0.3, 0.35, ... the largest share of collapses spoken before, less that of quiet runs spoken in, on
-# Fashion-MNIST and with digits together: benchmarks/alarm_looks.py.
+# Of 0.1, 0.15, ... the largest share of collapses spoken before, less that of quiet runs spoken in, on
+# Fashion-MNIST, and with digits together: benchmarks/alarm_looks.py.
 THRESHOLD = 0.6
 
 

@@ -145,24 +145,15 @@ class Seen:
 
     def alarm(self, chosen: Chosen) -> float | None:
         """The epoch of the first alarm."""
-        times, values = self.scores(chosen.watch)
-        limit = chosen.threshold
-        below = next((place for place, value in enumerate(values) if value <= limit), len(values))
-        return metrics.first_alarm(times[below:], values[below:], limit) if times[below:] else None
+        return _warning(*self.scores(chosen.watch), chosen.threshold)
 
     def raised(self, threshold: float) -> bool:
         """Whether its own alarm would ever be raised."""
         return any(pooled < threshold for pooled in self.alarm_pooled)
 
     def warned(self, threshold: float) -> float | None:
-        """The epoch at which its own alarm would first be raised after a look that did not."""
-        looks = zip(self.alarm_epochs, self.alarm_pooled, strict=True)
-        silent = False
-        for epoch, pooled in looks:
-            if silent and pooled < threshold:
-                return epoch
-            silent = silent or pooled >= threshold
-        return None
+        """The epoch of the first alarm of its own, at that threshold."""
+        return _warning(self.alarm_epochs, [-pooled for pooled in self.alarm_pooled], -threshold)
 
     def rise(self, signal: str, sign: int) -> float | None:
         """What a signal gained at the last look before the collapse, over its median until then."""
@@ -209,6 +200,12 @@ class Seen:
         """From that epoch to the event of a run that collapses; 0 without an alarm, and after the event."""
         assert event is not None
         return 0.0 if epoch is None else self.steps_per_epoch * max(0.0, event - epoch)
+
+
+def _warning(times: Sequence[float], scores: Sequence[float], limit: float) -> float | None:
+    """The first time above the limit after one that was not."""
+    below = next((place for place, score in enumerate(scores) if score <= limit), len(scores))
+    return metrics.first_alarm(times[below:], scores[below:], limit) if times[below:] else None
 
 
 def _change(taken: Sequence[float], *, signed: bool) -> float | None:
@@ -343,7 +340,7 @@ def watch_worth(one: Chosen, runs: Sequence[Seen]) -> dict[str, float]:
 
 
 def alarm_worth(threshold: float, runs: Sequence[Seen]) -> dict[str, float]:
-    """Likewise, of the runs' own alarm at another threshold than its own."""
+    """Likewise, of the alarm that the runs train under, at that threshold."""
     return _worth(runs, lambda run: run.warned(threshold), lambda run: run.raised(threshold))
 
 
