@@ -19,7 +19,7 @@ from typing import Any
 from tangentlab.records import environment
 from tangentlab.runs import RunConfig, check_outcomes, train_many
 from tangentlab.runs.display import ProgressDisplay
-from tangentlab.studies import cure
+from tangentlab.studies import cure, cure_arms
 from tangentlab.studies.overfitting_watches import TUNING_SEEDS
 
 SETTINGS = {
@@ -55,7 +55,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, ProgressDisplay() as display:
             runs = {
                 Path(folder) / f"{value}-{eps:.3g}": run(tier, eps, method, setting, value, seed)
-                for value, eps in product(values, cure.TIERS[tier].eps)
+                for value, eps in product(values, cure_arms.TIERS[tier].eps)
             }
             check_outcomes(train_many(runs, jobs=options.jobs, display=display))
             for path, config in runs.items():
@@ -67,7 +67,7 @@ def main() -> None:
 def run(tier: int, eps: float, method: str, setting: str, value: float, seed: int) -> RunConfig:
     """The study's run, but for the setting."""
     words = f"--method={method} --method.buffer_updates=[loss] --method.{setting}={value}"
-    return cure.run_config(cure.TIERS[tier], eps, f"{method}+{value}", words, seed)
+    return cure_arms.run_config(cure_arms.TIERS[tier], eps, f"{method}+{value}", words, seed)
 
 
 def measured(path: Path, config: RunConfig) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from tangentlab.probes import overfitting_alarm
 from tangentlab.report.values import value_figure
 from tangentlab.runs import train
 from tangentlab.runs.parsing import build_method
-from tangentlab.studies import cure
+from tangentlab.studies import cure_arms
 from tangentlab.studies.claims import Verdict
-from tangentlab.studies.cure import FINALISTS, STUDY, TIERS, Tier
+from tangentlab.studies.cure import STUDY
+from tangentlab.studies.cure_arms import FINALISTS, TIERS, Tier
 from tiny import TINY
 
 Line = dict[str, Any]
@@ -27,7 +28,8 @@ def test_arms_meet_at_both_radii(tier: int) -> None:
     names = {config.name.rpartition("-")[0] for config in runs.values()}
     assert set(FINALISTS) <= names
     tuned = {config.name.rpartition("-")[0] for config in STUDY.runs(tier, [1]).values()}
-    steered = {arm for arm in tuned if cure.kind(arm) == cure.STEERED} - {cure.SPECTRAL, cure.FROM_FGSM}
+    steered = {arm for arm in tuned if cure_arms.kind(arm) == cure_arms.STEERED}
+    steered -= {cure_arms.SPECTRAL, cure_arms.FROM_FGSM}
     assert names == tuned - steered  # variants are for the seeds that choose
     assert bool(steered) == TIERS[tier].whole
     assert len(runs) == 2 * len(names)
@@ -39,7 +41,7 @@ def test_arms_meet_at_both_radii(tier: int) -> None:
         assert config.method["eps"] == config.eps
         assert list(config.method["buffer_updates"]) == ["loss"]
         assert (config.switch.rule == "alarm") == arm.startswith("spectral")
-        assert (config.switch.rule == "fixed") == (arm in (cure.FIXED, cure.GUARDED))
+        assert (config.switch.rule == "fixed") == (arm in (cure_arms.FIXED, cure_arms.GUARDED))
         if config.switch.to:
             assert config.switch.to["eps"] == config.eps
             assert list(config.switch.to["buffer_updates"]) == ["loss"]
@@ -121,7 +123,7 @@ def planted(seeds: range, **changed: tuple[float, float, bool]) -> list[Line]:
                     "run": f"{arm}-{eps}-{seed}",
                     "seed": seed,
                     "arm": arm,
-                    "kind": cure.kind(arm),
+                    "kind": cure_arms.kind(arm),
                     "eps": eps,
                     "place": place,
                     "clean_accuracy": 0.8,
@@ -183,7 +185,7 @@ def test_a_cure_that_fails_is_refuted() -> None:
 
 
 def test_a_cure_at_one_eps_is_none() -> None:
-    for kept in cure.PLACES:
+    for kept in cure_arms.PLACES:
         lines = [
             line | along(True) if (line["arm"], line["place"]) == ("spectral", kept) else line
             for line in planted(SEEDS)

@@ -16,8 +16,9 @@ from tangentlab.randomness import generator
 from tangentlab.runs import RunConfig, train
 from tangentlab.runs.build import build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import checkpoint_path, count_correct
-from tangentlab.studies import normalization
-from tangentlab.studies.normalization import STUDY, TIERS, Setting, Tier, average, current, population
+from tangentlab.studies import normalization_settings
+from tangentlab.studies.normalization import STUDY
+from tangentlab.studies.normalization_settings import TIERS, Setting, Tier, average, current, population
 from tangentlab.training import load_weights, recalibrate
 
 SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -50,15 +51,15 @@ def test_the_smallest_batches_give_the_last_batchnorm_at_most_64_values(tier: in
 
 def test_each_setting_is_measured_once() -> None:
     for tier in TIERS.values():
-        for variant in (*tier.methods, *normalization.VARIANTS):
-            found = normalization.settings(variant, tier)
+        for variant in (*tier.methods, *normalization_settings.VARIANTS):
+            found = normalization_settings.settings(variant, tier)
             assert len(set(found)) == len(found)
 
 
 @pytest.fixture
 def tier(monkeypatch: pytest.MonkeyPatch) -> Tier:
     small = replace(TIERS[0], population=60, points=50, smallest=4)
-    monkeypatch.setitem(normalization.TIERS, 0, small)
+    monkeypatch.setitem(normalization_settings.TIERS, 0, small)
     return small
 
 
@@ -83,7 +84,7 @@ def test_the_attack_meets_the_defenders_statistics(tier: Tier, trained: dict) ->
     lines = list(STUDY.measure(folder, config))
     names = list(asdict(Setting()))
     by_setting = {Setting(**{name: line[name] for name in names}): line for line in lines}
-    assert list(by_setting) == normalization.settings("pgd", tier)
+    assert list(by_setting) == normalization_settings.settings("pgd", tier)
     assert all(line["n"] == 50 and line["variant"] == "pgd" for line in lines)
 
     examples = build_data(config)
@@ -136,8 +137,8 @@ def planted(changes: dict[tuple[str, Setting], tuple[float, float]]) -> list[dic
     """Every line of three seeds, (0.9, 0.5) where nothing else is said."""
     lines = []
     for seed in range(3):
-        for variant in (*TIERS[0].methods, *normalization.VARIANTS):
-            for setting in normalization.settings(variant, TIERS[0]):
+        for variant in (*TIERS[0].methods, *normalization_settings.VARIANTS):
+            for setting in normalization_settings.settings(variant, TIERS[0]):
                 clean, robust = changes.get((variant, setting), (0.9, 0.5))
                 place = {"run": f"{variant}-{seed}", "seed": seed, "variant": variant}
                 noise = 1e-4 * seed

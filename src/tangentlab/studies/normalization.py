@@ -25,11 +25,10 @@ Hardware and time: a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from torch import nn
@@ -38,232 +37,16 @@ from tangentlab import modes, randomness
 from tangentlab.attacks import Attack
 from tangentlab.data import Split
 from tangentlab.report.values import Quantity, ValueFigure
-from tangentlab.runs import RunConfig, load_config
+from tangentlab.runs import RunConfig
 from tangentlab.runs.build import build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import checkpoint_path, count_correct
-from tangentlab.studies.claims import PAPER, Claim, Verdict, judge_seeds
-from tangentlab.studies.study import COLD, Study, Values
+from tangentlab.studies.normalization_claims import EFFECTS, judged
+from tangentlab.studies.normalization_settings import ALL, TIERS, USUAL, Setting, runs, settings
+from tangentlab.studies.study import Study, Values
 from tangentlab.training import load_weights, recalibrate
 
 STEPS = 20  # of the evaluation's PGD, each eps/4
 CRAFTING_STEPS = 10  # of the PGD that crafts the training inputs whose statistics are taken
-USUAL, MIDDLE = 128, 16  # examples a batch
-
-
-@dataclass(frozen=True)
-class Tier:
-    """What a tier trains and measures.
-
-    Args:
-        config: a shipped configuration.
-        overrides: of it.
-        methods: whose networks are evaluated with other statistics.
-        population: training inputs that statistics are taken of.
-        points: test points; fewer where the data set has fewer.
-        smallest: a batch size at which the last BatchNorm layer sees m ≤ 64 values a channel: its feature
-            maps have 4, 49 and 16 places.
-        variants: names of PGD training with other settings.
-    """
-
-    config: str
-    overrides: tuple[str, ...]
-    methods: tuple[str, ...]
-    population: int
-    points: int
-    smallest: int
-    variants: tuple[str, ...]
-
-
-_COMMON = (
-    "--data.validation_size=300",
-    "--probe.size=0",
-    "--threads=1",
-    "--channels_last=true",
-    "--training.schedule=linear",
-    "--evaluation.every=1000",
-    "--evaluation.num_steps=5",
-    "--evaluation.test_num_steps=5",
-    "--evaluation.test_size=100",
-)
-# PGD training but for these overrides.
-VARIANTS: dict[str, tuple[str, ...]] = {
-    # BatchNorm in a training step. In the first three crafting does not read the buffers: the weights are
-    # the base run's, and only what is evaluated differs.
-    "updates-loss": ("--method.buffer_updates=[loss]",),
-    "updates-loss-clean": ("--method.buffer_updates=[loss, clean]",),
-    "updates-clean-loss": ("--method.buffer_updates=[clean, loss]",),
-    "running": ("--method.crafting_statistics=running", "--method.buffer_updates=[loss]"),
-    "running-clean": ("--method.crafting_statistics=running", "--method.buffer_updates=[clean]"),
-    "running-momentum": (
-        "--method.crafting_statistics=running",
-        "--method.buffer_updates=[loss]",
-        "--training.batchnorm_momentum=0.01",
-    ),
-    # Half the loss on clean inputs, through the same BatchNorm or one of its own.
-    "half": ("--method.clean_weight=0.5",),
-    "dual": ("--method.clean_weight=0.5", "--model.normalization=dual"),
-    "group": ("--model.normalization=group",),
-    "none": ("--model.normalization=none",),
-    "input-channels": ("--data.normalize=true",),
-    "input-each": ("--data.normalize=per-image",),
-}
-
-ALL = ("standard", "fgsm_rs", "n_fgsm", "pgd", "trades")
-TIERS = {
-    0: Tier(
-        "digits",
-        ("--eps=0.15", "--training.epochs=12", "--training.batch_size=64"),
-        ALL,
-        1024,
-        360,
-        8,
-        tuple(VARIANTS),
-    ),
-    1: Tier("fashion-mnist", (COLD, "--training.epochs=15"), ALL, 2048, 1000, 1, tuple(VARIANTS)),
-    2: Tier(
-        "cifar10-narrow",
-        ("--training.epochs=15",),
-        ("standard", "fgsm_rs", "pgd"),
-        2048,
-        500,
-        2,
-        ("updates-loss", "running", "dual", "none"),
-    ),
-}
-GRID = ("standard", "pgd")  # methods whose networks meet every batch size, momentum and variance
-
-CLEAN_STATISTICS = Claim(
-    "normalization/clean-statistics",
-    "A PGD-trained network gains more than 0.5 points of clean accuracy when the statistics of clean inputs "
-    "replace those it was trained with.",
-    "clean accuracy with clean population statistics minus as trained, points",
-    0.5,
-)
-TRADE = Claim(
-    "normalization/trade",
-    "Statistics of clean instead of crafted inputs raise a PGD-trained network's clean accuracy and lower "
-    "its robust accuracy, each by more than 0.5 points.",
-    "the smaller of the gain in clean and the loss in robust accuracy, points",
-    0.5,
-    source=PAPER,
-)
-BATCH = Claim(
-    "normalization/batch",
-    "Normalized by the crafted batch of 128 and attacked through its statistics or with them held, a "
-    "PGD-trained network has more than 1 point less robust accuracy than as trained.",
-    "robust accuracy as trained minus by the current batch, points",
-    1.0,
-)
-NULL = Claim(
-    "normalization/null",
-    "Averaged over batches of 128, biased and unbiased variances differ by less than 0.2 points of clean and "
-    "robust accuracy (standard and PGD training).",
-    "the larger of the two absolute differences, mean of both methods, points",
-    0.2,
-    above=False,
-)
-SMALL_BATCHES = Claim(
-    "normalization/small-batches",
-    "Averaged over batches in which a channel of the last BatchNorm has at most 64 values, unbiased "
-    "variances give more than 0.2 points more clean accuracy than biased ones (standard and PGD training).",
-    "clean accuracy with unbiased minus biased variances, mean of both methods, points",
-    0.2,
-    source=PAPER,
-)
-CRAFTING = Claim(
-    "normalization/crafting",
-    "PGD training that crafts on running statistics has more than 0.5 points more clean accuracy than one "
-    "that crafts on batch statistics.",
-    "clean accuracy as trained, crafted on running minus batch statistics, points",
-    0.5,
-    source="Pang et al. 2021, arXiv 2010.00467",
-)
-DUAL = Claim(
-    "normalization/dual",
-    "Of dual BatchNorm the clean branch has more clean and the crafted branch more robust accuracy, each by "
-    "more than 1 point.",
-    "the smaller of the two differences, points",
-    1.0,
-    source="Xie & Yuille 2020, arXiv 1906.03787",
-)
-NONE = Claim(
-    "normalization/none",
-    "PGD training without normalization is at least as robust as with BatchNorm.",
-    "robust accuracy without normalization minus with BatchNorm as trained, points",
-    0.0,
-    source="Wang et al. 2022, arXiv 2207.01156",
-)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the evaluated network normalizes with.
-
-    Args:
-        statistics: trained, clean, crafted, mixture, clean-batch or batch.
-        variance: biased or unbiased; None where nothing is estimated.
-        batch_size: examples a batch of the averages or of the current batch; None for the whole population.
-        momentum: of the averages, 0 the plain one; None for the whole population.
-        branch: of dual BatchNorm, at test time; None without.
-    """
-
-    statistics: str = "trained"
-    variance: str | None = None
-    batch_size: int | None = None
-    momentum: float | None = None
-    branch: str | None = None
-
-
-def population(statistics: str, variance: str = "unbiased") -> Setting:
-    """Of all inputs at once."""
-    return Setting(statistics, variance)
-
-
-def average(batch_size: int, variance: str = "unbiased", momentum: float = 0.0) -> Setting:
-    """Of clean inputs' batches."""
-    return Setting("clean", variance, batch_size, momentum)
-
-
-def current(batch_size: int) -> Setting:
-    """PyTorch normalizes a batch by its biased variance."""
-    return Setting("batch", "biased", batch_size)
-
-
-def settings(variant: str, tier: Tier) -> list[Setting]:
-    """Those that a run's network is evaluated in."""
-    if variant == "dual":
-        return [Setting(branch=branch) for branch in modes.BRANCHES]
-    found = [Setting()]
-    if variant in tier.methods:
-        found += [population(statistics) for statistics in ("clean", "crafted", "mixture")]
-        found += [Setting("clean-batch", "biased", USUAL), current(USUAL)]
-    if variant in GRID:
-        # The population's estimators differ by one in some 10^5 values: one pair shows it.
-        found += [population("clean", "biased"), current(MIDDLE)]
-        found += [Setting("clean-batch", variance, MIDDLE) for variance in ("biased", "unbiased")]
-        for size in (USUAL, MIDDLE, tier.smallest):
-            found += [average(size, "biased")]
-            found += [average(size, momentum=momentum) for momentum in (0.0, 0.1, 1.0)]
-    return found
-
-
-def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
-    """VARIANT-SEED -> configuration; a method's own run is the variant of its name."""
-    chosen = TIERS[tier]
-    words: dict[str, tuple[str, ...]] = {method: ("--method", method) for method in chosen.methods}
-    words |= {name: ("--method", "pgd", *VARIANTS[name]) for name in chosen.variants}
-    # Three steps of eps/2 reach the ball's surface at a third of PGD-10's cost.
-    steps = (
-        "--method.num_steps=3",
-        f"--method.step_size={load_config(chosen.config, chosen.overrides).eps / 2}",
-    )
-    found: dict[str, RunConfig] = {}
-    for name, own in words.items():
-        crafting = steps if own[1] in ("pgd", "trades") else ()
-        overrides = (*_COMMON, *chosen.overrides, *own, *crafting, "--name", name)
-        config = load_config(chosen.config, overrides)
-        found |= {f"{name}-{seed}": replace(config, seed=seed) for seed in seeds}
-    return found
 
 
 def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
@@ -352,70 +135,6 @@ def _batches(split: Split, size: int, device: torch.device) -> Iterator[tuple[to
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-class Accuracies:
-    """One seed's lines; ``smallest`` is the least batch size of the averages.
-
-    >>> line = {"variant": "pgd", "statistics": "clean", "variance": "biased", "clean_accuracy": 0.5}
-    >>> Accuracies([line]).clean("pgd", population("clean", "biased"))
-    50.0
-    """
-
-    def __init__(self, lines: Iterable[Values]) -> None:
-        names = [entry.name for entry in fields(Setting)]
-        self._lines = {(line["variant"], tuple(map(line.get, names))): line for line in lines}
-        averaged = (line for line in self._lines.values() if line.get("momentum") is not None)
-        self.smallest = min((int(line["batch_size"]) for line in averaged), default=0)
-
-    def clean(self, variant: str, setting: Setting | None = None) -> float:
-        """In points; raises KeyError where it was not measured."""
-        return self._accuracy("clean_accuracy", variant, setting)
-
-    def robust(self, variant: str, setting: Setting | None = None) -> float:
-        """In points; raises KeyError where it was not measured."""
-        return self._accuracy("robust_accuracy", variant, setting)
-
-    def _accuracy(self, name: str, variant: str, setting: Setting | None) -> float:
-        line = self._lines[variant, tuple(asdict(setting or Setting()).values())]
-        return 100.0 * float(line[name])
-
-
-def _trade(found: Accuracies, variant: str, clean: Setting, crafted: Setting) -> float:
-    """The smaller of what ``clean`` gains in clean and loses in robust accuracy."""
-    gain = found.clean(variant, clean) - found.clean(variant, crafted)
-    return min(gain, found.robust(variant, crafted) - found.robust(variant, clean))
-
-
-def _null(found: Accuracies) -> float:
-    def differs(method: str) -> float:
-        unbiased, biased = average(USUAL), average(USUAL, "biased")
-        clean = found.clean(method, unbiased) - found.clean(method, biased)
-        return max(abs(clean), abs(found.robust(method, unbiased) - found.robust(method, biased)))
-
-    return fmean(map(differs, GRID))
-
-
-def _small_batches(found: Accuracies) -> float:
-    unbiased, biased = average(found.smallest), average(found.smallest, "biased")
-    return fmean(found.clean(method, unbiased) - found.clean(method, biased) for method in GRID)
-
-
-EFFECTS: dict[Claim, Callable[[Accuracies], float]] = {
-    CLEAN_STATISTICS: lambda found: found.clean("pgd", population("clean")) - found.clean("pgd"),
-    TRADE: lambda found: _trade(found, "pgd", population("clean"), population("crafted")),
-    BATCH: lambda found: found.robust("pgd") - found.robust("pgd", current(USUAL)),
-    NULL: _null,
-    SMALL_BATCHES: _small_batches,
-    CRAFTING: lambda found: found.clean("running") - found.clean("updates-loss"),
-    DUAL: lambda found: _trade(found, "dual", *(Setting(branch=branch) for branch in modes.BRANCHES)),
-    NONE: lambda found: found.robust("none") - found.robust("pgd"),
-}
-
-
-def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
-    """A verdict for each claim; one that rests on runs that the tier leaves out has no seeds."""
-    return judge_seeds(values, setting, EFFECTS, Accuracies)
 
 
 ACCURACIES = (
