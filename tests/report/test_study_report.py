@@ -25,7 +25,7 @@ from tangentlab.metrics import mean_interval
 from tangentlab.records import read_study
 from tangentlab.report import write_ledger, write_report
 from tangentlab.report.claims import forest, read_ledger
-from tangentlab.report.figure import DotPanel, ForestPanel, LinePanel, dot_rows, legend
+from tangentlab.report.figure import DotPanel, ForestPanel, LinePanel, dot_rows, legend, note_rows
 from tangentlab.report.interactive import specifications
 from tangentlab.report.paper import write_paper_figure
 from tangentlab.report.values import Quantity, ValueFigure, read_figures, value_figure
@@ -117,6 +117,9 @@ def test_where_takes_one_value_or_several() -> None:
     assert methods("pgd") == {"pgd"}
     assert methods(("pgd", "fgsm")) == methods(["pgd", "fgsm"]) == {"pgd", "fgsm"}
     assert methods(None) == set()
+    declared = replace(GAP, where={"part": "gap"}, unless={"method": ("pgd", "fgsm")})
+    left = {line.name for p in value_figure(declared, planted_study.lines()).panels for line in p.lines}
+    assert left == set(METHODS) - {"pgd", "fgsm"}
 
 
 def test_dots_have_a_row_a_category_and_what_was_not_measured_is_left_out() -> None:
@@ -389,8 +392,73 @@ def test_points_lie_at_their_means_with_their_names(tmp_path: Path) -> None:
     drawn = (tmp_path / "values-frontier.svg").read_text()
     assert all(f">{arm}<" in drawn for arm in ("a", "b", "c"))
     assert _read_back(declared) == declared
-    with pytest.raises(ConfigError, match="points need a quantity"):
+    with pytest.raises(ConfigError, match="points need a quantity as x, not 'epoch'"):
+        replace(declared, x="epoch")
+
+
+def test_the_frontier_is_what_is_to_be_had_at_no_more(tmp_path: Path) -> None:
+    cost, accuracy = Quantity("cost", "cost"), Quantity("accuracy", "accuracy")
+    declared = ValueFigure("f", "F", "", (accuracy,), x=cost, point="arm", frontier=True, colour="kind")
+    places = {"a": (5, 0.2), "worse": (6, 0.1), "b": (10, 0.5), "equal": (11, 0.5), "c": (40, 0.6)}
+    lines = [
+        {"arm": arm, "kind": arm in "bc", "seed": 0, "cost": x, "accuracy": y}
+        for arm, (x, y) in places.items()
+    ]
+    (panel,) = value_figure(declared, lines).panels
+    assert isinstance(panel, LinePanel)
+    assert [(note.text, note.x, note.y) for note in panel.notes] == [
+        (arm, *places[arm]) for arm in ("a", "b", "c")
+    ]
+    front = panel.lines[0]
+    assert (front.name, front.colour, front.style) == ("frontier", None, "dash")
+    assert list(zip(front.x, front.y, strict=True)) == [(5, 0.2), (10, 0.2), (10, 0.5), (40, 0.5), (40, 0.6)]
+    figure = value_figure(declared, lines)
+    # From the right: c ends over its point, b and a begin over theirs, and a would run into b.
+    assert [(note.text, row, anchor) for note, row, anchor in note_rows(figure, panel)] == [
+        ("c", 0, "right"), ("b", 0, "left"), ("a", 1, "left"),
+    ]  # fmt: skip
+    spec = specifications(figure)[0][0]
+    assert [label["text"] for label in spec["layout"]["annotations"]] == ["c", "b", "a"]
+    write_paper_figure(figure, tmp_path)
+    drawn = (tmp_path / "values-f.svg").read_text()
+    assert all((f">{arm}<" in drawn) == (arm in "abc") for arm in places)
+    assert _read_back(declared) == declared
+    (alone,) = value_figure(declared, lines[:1]).panels
+    assert isinstance(alone, LinePanel)
+    assert [line.name for line in alone.lines] == ["no"]
+    with pytest.raises(ConfigError, match="a frontier is one of points"):
         replace(declared, point="")
+
+
+def test_curves_lie_against_any_number() -> None:
+    threshold, share = Quantity("threshold", "threshold"), Quantity("share", "share", percent=True)
+    declared = ValueFigure("t", "T", "", (share,), x=threshold)
+    lines = [
+        {"method": "fgsm", "seed": seed, "threshold": at, "share": at * (0.5 + 0.1 * seed)}
+        for at in (0.6, 0.2)
+        for seed in range(3)
+    ]
+    (panel,) = value_figure(declared, lines).panels
+    assert isinstance(panel, LinePanel)
+    assert panel.x_axis == threshold.axis
+    assert panel.lines[-1].x == (0.2, 0.6)
+    assert panel.lines[-1].y == pytest.approx((0.12, 0.36))
+    assert _read_back(declared) == declared
+
+
+def test_colours_are_as_elsewhere_unless_two_would_share_one() -> None:
+    quantity = (Quantity("y", "y"),)
+    lines = [{"arm": f"{arm}", "seed": 0, "epoch": epoch, "y": 1.0} for arm in range(20) for epoch in (0, 1)]
+
+    def drawn(*arms: int) -> list[tuple[int | None, str]]:
+        declared = ValueFigure("c", "C", "", quantity, colour="arm", where={"arm": tuple(map(str, arms))})
+        (panel,) = value_figure(declared, lines).panels
+        assert isinstance(panel, LinePanel)
+        return [(line.colour, line.style) for line in panel.lines]
+
+    assert drawn(1, 4) == [(1, "solid"), (4, "solid")]
+    assert drawn(1, 4, 9) == [(0, "solid"), (1, "solid"), (2, "solid")]
+    assert drawn(*range(10))[7:] == [(7, "solid"), (8, "dash"), (9, "dash")]
 
 
 def _read_back(declared: ValueFigure) -> ValueFigure:

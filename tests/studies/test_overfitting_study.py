@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -288,7 +289,8 @@ def test_the_factors_about_a_collapse_are_derived(values: list[Line]) -> None:
     assert by_when["the last"]["kernel_share"] == 0.3
 
 
-def test_what_a_signal_is_worth_is_derived(values: list[Line]) -> None:
+def test_what_a_signal_is_worth_is_derived(values: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overfitting, "SHOWN", 3)
     derived = list(STUDY.derive([*values, *planted(None, 4, 99, robust_accuracy=[0.4, 0.1] * 20)]))
     lines = [line for line in derived if line.get("watch") == "fgsm~pgd/class/distance, level up"]
     of_seeds = [line for line in lines if line["what"] == "watch"]
@@ -304,6 +306,16 @@ def test_what_a_signal_is_worth_is_derived(values: list[Line]) -> None:
     roc = [(line["false_alarms"], line["detected"]) for line in lines if line["what"] == "roc"]
     assert (0.0, 1.0) in roc
     assert roc[-1] == (1.0, 1.0)
+    assert len({false_alarms for false_alarms, _ in roc}) == len(roc)  # a curve against them
+    for what in ("watch", "area"):
+        ranked = [line for line in derived if line["what"] == what and line["cost"] == "any"]
+        signals = list(dict.fromkeys(line["signal"] for line in ranked))
+        shown = {line["signal"] for line in ranked if line["shown"]}
+        assert len(signals) > overfitting.SHOWN
+        assert shown - {"method and eps"} == set(signals[: overfitting.SHOWN]) - {"method and eps"}
+        worth = "area" if what == "area" else "in_time"
+        means = [fmean(line[worth] for line in ranked if line["signal"] == signal) for signal in signals]
+        assert means == sorted(means, reverse=True)
     assert {line["cost"] for line in derived if line["what"] == "roc"} == {"any", "cheap"}
     fates = [line for line in derived if line["what"] == "fate"]
     assert [sum(line[name] for line in fates) for name in overfitting.FATES] == [40, 90, 1, 0]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Style = Literal["solid", "dash", "dot", "dashdot"]
+Anchor = Literal["left", "right"]
 State = Literal["found", "not found", "not recorded"]
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -33,16 +34,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. ``colour`` is the place of its run; ``name`` its entry in the legend.
+    """A curve. ``colour`` is the place of its run, None if it is no run's; ``name`` its entry in the legend.
 
     ``low`` and ``high`` are the ends of an interval at each x, where there is one. A ``thin`` line is one
-    seed of several, behind their mean.
+    seed of several, behind their mean. With ``labels`` it is points, of these names.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: int
+    colour: int | None
     style: Style = "solid"
     opacity: float = 1.0
     in_legend: bool = True
@@ -71,8 +72,17 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Note:
+    """A name written above a point."""
+
+    x: float
+    y: float
+    text: str
+
+
+@dataclass(frozen=True)
 class LinePanel:
-    """Curves over training time."""
+    """Curves over training time or another number, or points."""
 
     title: str
     x_axis: Axis
@@ -80,6 +90,7 @@ class LinePanel:
     lines: tuple[Line, ...]
     spans: tuple[Span, ...] = ()
     marks: tuple[Mark, ...] = ()
+    notes: tuple[Note, ...] = ()
     colour: int | None = None
 
 
@@ -293,6 +304,30 @@ def value_limits(figure: Figure) -> tuple[float, float]:
     ]
     low, high = min(values, default=0.0), max(values, default=1.0)
     return (low, high) if high > low else (low, low + 1.0)
+
+
+# --- names above points ----------------------------------------------------------------------------------
+
+_NOTE = 0.35  # of the panel's width, that a name may take
+
+
+def note_rows(figure: Figure, panel: LinePanel) -> list[tuple[Note, int, Anchor]]:
+    """(note, row above the panel, end of the name that lies over its point): names of near points lie above
+    each other, the leftmost on top, so that no line down to a point crosses a name that begins left of it."""
+    low, high = x_limits(figure, panel)
+    if panel.x_axis.log:
+        low, high = math.log(low), math.log(high)
+    rows: list[float] = []  # of each the leftmost place that is taken
+    found = []
+    for note in sorted(panel.notes, key=lambda note: -note.x):
+        x = math.log(note.x) if panel.x_axis.log else note.x
+        place = (x - low) / (high - low)
+        anchor: Anchor = "right" if place > 1 - _NOTE else "left"
+        start, end = (place - _NOTE, place) if anchor == "right" else (place, place + _NOTE)
+        row = next((row for row in range(len(rows)) if end <= min(rows[row:])), len(rows))
+        rows[row : row + 1] = [start]
+        found.append((note, row, anchor))
+    return found
 
 
 # --- rows of dots ----------------------------------------------------------------------------------------

@@ -21,12 +21,14 @@ from tangentlab.report.figure import (
     Line,
     LinePanel,
     MatrixPanel,
+    Note,
     Panel,
     Span,
     dot_limits,
     dot_names,
     dot_rows,
     log_ticks,
+    note_rows,
     value_limits,
     x_limits,
     y_limits,
@@ -71,7 +73,7 @@ def _panel(figure: Figure, panel: Panel) -> Spec:
 def _lines(figure: Figure, panel: LinePanel) -> Spec:
     low, high = x_limits(figure, panel)
     labelled = [span for span in panel.spans if span.end - span.start >= _ROOM_FOR_LABEL * (high - low)]
-    rows = max(_label_rows(p) for p in figure.panels if isinstance(p, LinePanel))
+    rows = max(_label_rows(figure, p) for p in figure.panels if isinstance(p, LinePanel))
     layout = _layout(panel.x_axis, panel.y_axis, top=8 + _ROW * rows)
     layout["xaxis"] |= _range(panel.x_axis, low, high)
     layout["yaxis"] |= _range(panel.y_axis, *y_limits(figure, panel))
@@ -97,6 +99,10 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
             anchor = "left" if place < 0.25 else "right" if place > 0.75 else "center"
             layout["annotations"].append(_label(mark.label, mark.x, row, run_colour(mark.colour), anchor))
             row += 1
+    for note, row, anchor in note_rows(figure, panel):
+        x = math.log10(note.x) if panel.x_axis.log else note.x
+        layout["annotations"].append(_label(note.text, x, row, LIGHT["ink"], anchor))
+        layout["shapes"].append(_leader(note, y_limits(figure, panel)[1]))
     form = ".1%" if panel.y_axis.percent else ".3~g"
     data = [_band(line) for line in panel.lines if line.low and not line.labels] + [
         _points(line, panel.x_axis, form)
@@ -110,7 +116,11 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
             "opacity": 0.4 if line.thin else round(line.opacity, 2),
             "line": {"color": run_colour(line.colour), "width": 1 if line.thin else 2, "dash": line.style},
             "marker": {"color": run_colour(line.colour), "size": 4 if line.thin else 7},
-            **({"hoverinfo": "skip"} if line.thin else {"hovertemplate": f"%{{y:{form}}}"}),
+            **(
+                {"hoverinfo": "skip"}
+                if line.thin or line.colour is None
+                else {"hovertemplate": f"%{{y:{form}}}"}
+            ),
         }
         for line in panel.lines
     ]
@@ -154,8 +164,9 @@ def _band(line: Line) -> Spec:
     }
 
 
-def _label_rows(panel: LinePanel) -> int:
-    return bool(panel.spans) + sum(bool(mark.label) for mark in panel.marks)
+def _label_rows(figure: Figure, panel: LinePanel) -> int:
+    marks = bool(panel.spans) + sum(bool(mark.label) for mark in panel.marks)
+    return max(marks, *(row + 1 for _, row, _ in note_rows(figure, panel)), 0)
 
 
 def _shaded(span: Span) -> Spec:
@@ -172,6 +183,14 @@ def _label(text: str, x: float, row: int, colour: str, anchor: str) -> Spec:
     }  # fmt: skip
 
 
+def _leader(note: Note, top: float) -> Spec:
+    """From a point up to its name."""
+    return {
+        "type": "line", "xref": "x", "yref": "y", "x0": note.x, "x1": note.x, "y0": note.y, "y1": top,
+        "line": {"color": LIGHT["muted"], "width": 1, "dash": "dot"}, "layer": "below",
+    }  # fmt: skip
+
+
 # --- dots ------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +200,7 @@ def _dots(figure: Figure, panel: DotPanel) -> Spec:
     # A narrow panel has no room for a long name, and plotly cuts it off.
     layout["xaxis"]["title"]["text"] = "<br>".join(textwrap.wrap(panel.x_axis.label, _NAME))
     layout["xaxis"]["automargin"] = True
+    layout["xaxis"] |= {"tickangle": 0, "nticks": 5 if _narrow(figure) else 6}
     if panel.x_axis.percent:
         layout["xaxis"]["tickformat"] = ".3~%"
     rows = len(panel.categories)
@@ -243,6 +263,11 @@ def _dots(figure: Figure, panel: DotPanel) -> Spec:
             }
         )
     return {"data": data, "layout": layout}
+
+
+def _narrow(figure: Figure) -> bool:
+    """Whether more than two panels stand beside each other."""
+    return max(len(view.panels) for view in figure.views) > 2
 
 
 def _hover(panel: DotPanel, dots: Dots, what: str) -> str:

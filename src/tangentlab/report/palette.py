@@ -56,9 +56,9 @@ _NAMES = {
 }
 
 
-def run_colour(place: int) -> str:
-    """Colour of the run at ``place``; they repeat after the eighth."""
-    return RUNS_LIGHT[place % len(RUNS_LIGHT)]
+def run_colour(place: int | None) -> str:
+    """Colour of the run at ``place``; they repeat after the eighth. None is no run's."""
+    return LIGHT["muted"] if place is None else RUNS_LIGHT[place % len(RUNS_LIGHT)]
 
 
 def style_of(inputs: str) -> Style:

@@ -36,6 +36,7 @@ from tangentlab.report.figure import (
     dot_rows,
     legend,
     log_ticks,
+    note_rows,
     stages_in,
     value_limits,
     x_limits,
@@ -112,7 +113,7 @@ def _draw(figure: Figure) -> Canvas:
     panel_height = (
         min(panel_width, 1.5) if matrices else max(_height(figure, panel) for panel in figure.panels)
     )
-    top = 0.2 + _MARK_ROW * max(_mark_rows(panel) for panel in figure.panels)
+    top = 0.2 + _MARK_ROW * max(_mark_rows(figure, panel) for panel in figure.panels)
     row_height = top + panel_height + _BOTTOM
     legend_rows = math.ceil(len(handles) / _legend_columns(width))
     height = len(rows) * row_height + 0.14 * legend_rows + 0.04
@@ -193,7 +194,7 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
     for line in panel.lines:
         colour = run_colour(line.colour)
         if line.labels:
-            _draw_points(axes, line)
+            _draw_points(axes, line, named=not panel.notes)
             continue
         if line.low:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.14, linewidth=0)
@@ -215,6 +216,19 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
     axes.set_axisbelow(True)
     if not panel.x_axis.log:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    for note, row, anchor in note_rows(figure, panel):
+        top = y_limits(figure, panel)[1]
+        axes.vlines(note.x, note.y, top, LIGHT["muted"], linewidth=0.4, linestyle=_DASHES["dot"])
+        axes.annotate(
+            note.text,
+            (note.x, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(0, 1.5 + 72 * _MARK_ROW * row),
+            textcoords="offset points",
+            ha=anchor,
+            fontsize=5.5,
+            parse_math=False,
+        )
     low, high = axes.get_xlim()
     row = 0
     for mark in sorted(panel.marks, key=lambda mark: mark.x):
@@ -234,12 +248,12 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
             row += 1
 
 
-def _draw_points(axes: Axes, line: Line) -> None:
+def _draw_points(axes: Axes, line: Line, *, named: bool) -> None:
     colour = run_colour(line.colour)
     axes.plot(line.x, line.y, color=colour, linestyle="none", marker="D", markersize=2.6)
     if line.low:
         axes.vlines(line.x, line.low, line.high, color=colour, linewidth=0.6)
-    for x, y, label in zip(line.x, line.y, line.labels, strict=True):
+    for x, y, label in zip(line.x, line.y, line.labels, strict=True) if named else ():
         axes.annotate(
             label,
             (x, y),
@@ -251,8 +265,11 @@ def _draw_points(axes: Axes, line: Line) -> None:
         )
 
 
-def _mark_rows(panel: Panel) -> int:
-    return sum(bool(mark.label) for mark in panel.marks) if isinstance(panel, LinePanel) else 0
+def _mark_rows(figure: Figure, panel: Panel) -> int:
+    if not isinstance(panel, LinePanel):
+        return 0
+    marks = sum(bool(mark.label) for mark in panel.marks)
+    return max(marks, *(row + 1 for _, row, _ in note_rows(figure, panel)), 0)
 
 
 def _draw_dots(axes: Axes, figure: Figure, panel: DotPanel, *, labelled: bool) -> None:

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from tangentlab.errors import ConfigError, RunFolderError
 from tangentlab.metrics import mean_interval
-from tangentlab.report.figure import Axis, DotPanel, Dots, Figure, Line, LinePanel, View
+from tangentlab.report.figure import Axis, DotPanel, Dots, Figure, Line, LinePanel, Note, Style, View
 from tangentlab.report.figures._common import time_axis
+from tangentlab.report.palette import RUNS_LIGHT
 from tangentlab.report.subject import clean_text, is_number
 
 TIMES = ("epoch", "step")
 QUANTITY = "y"
 
 Values = Mapping[str, Any]
+_STYLES: tuple[Style, ...] = ("solid", "dash", "dot", "dashdot")  # where colours repeat
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ class ValueFigure:
         key: of its files, in a-z, 0-9 and "-".
         title, caption: say what is seen; how means and intervals are drawn is added.
         y: the quantities.
-        x: "epoch" or "step" for curves, any other key for categories; a quantity for points against it.
-        point: of points, the key whose every value is one; "" else.
+        x: "epoch", "step" or a quantity for curves, any other key for categories.
+        point: against a quantity, the key whose every value is a point; "" for curves.
+        frontier: of points, whether to draw the best at no more x, and to write their names.
         colour: key, a colour a value; "y", a colour a quantity, all on one axis.
         panels: likewise, a panel each; "" for one panel.
         views: likewise, a button each.
         where: key -> the value, or a tuple of values, that a line must have to be drawn.
+        unless: likewise, of which it must have none.
 
     Raises:
         ConfigError: a key that cannot name a file, or quantities that are not told apart.
@@ -76,16 +81,20 @@ class ValueFigure:
     y: tuple[Quantity, ...]
     x: str | Quantity = "epoch"
     point: str = ""
+    frontier: bool = False
     colour: str = "method"
     panels: str = ""
     views: str = ""
     where: Mapping[str, Any] = field(default_factory=dict)
+    unless: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9-]+", self.key):
             raise ConfigError(f"figure key {self.key!r} cannot name a file; use a-z, 0-9 and '-'")
-        if isinstance(self.x, Quantity) != bool(self.point):
-            raise ConfigError(f"figure {self.key!r}: points need a quantity as x, and their own key")
+        if self.point and not isinstance(self.x, Quantity):
+            raise ConfigError(f"figure {self.key!r}: points need a quantity as x, not {self.x!r}")
+        if self.frontier and not self.point:
+            raise ConfigError(f"figure {self.key!r}: a frontier is one of points")
         if len(self.y) != 1 and [self.colour, self.panels, self.views].count(QUANTITY) != 1:
             raise ConfigError(
                 f"figure {self.key!r} has {len(self.y)} quantities; one of colour, panels and views must be "
@@ -131,7 +140,14 @@ def _read_figure(entry: Mapping[str, Any]) -> ValueFigure:
     x = _read_quantity(entry["x"]) if isinstance(entry["x"], Mapping) else entry["x"]
     if not isinstance(x, (str, Quantity)):
         raise TypeError("a name is no text")
-    return ValueFigure(**texts, x=x, y=tuple(map(_read_quantity, entry["y"])), where=dict(entry["where"]))
+    return ValueFigure(
+        **texts,
+        x=x,
+        y=tuple(map(_read_quantity, entry["y"])),
+        frontier=bool(entry.get("frontier", False)),
+        where=dict(entry["where"]),
+        unless=dict(entry.get("unless", {})),
+    )
 
 
 def _read_quantity(entry: Mapping[str, Any]) -> Quantity:
@@ -143,20 +159,27 @@ def _read_quantity(entry: Mapping[str, Any]) -> Quantity:
 
 def value_figure(declared: ValueFigure, lines: Sequence[Values]) -> Figure:
     """What the declared figure shows of the raw values."""
-    kept = [line for line in lines if _meets(line, declared.where)]
-    places = {value: place for place, value in enumerate(_by(lines, declared.colour))}  # as in other figures
+    kept = [
+        line
+        for line in lines
+        if all(_meets(line, *asked) for asked in declared.where.items())
+        and not any(_meets(line, *asked) for asked in declared.unless.items())
+    ]
+    places = _places(lines, kept, declared.colour)
     views = []
     for label, of_view, quantities in _split(kept, declared.views, declared.y):
         rows = [] if isinstance(declared.x, Quantity) else _rows(of_view, declared.x, quantities)
         drawn = (
-            _panel(declared, name or label or left[0].label, of_panel, left, rows, places)
+            _panel(declared, name or _title(declared, label, left), of_panel, left, rows, places)
             for name, of_panel, left in _split(of_view, declared.panels, quantities)
         )
         panels = tuple(panel for panel in drawn if panel is not None)
         if panels:
             views.append(View(label, panels))
-    drawn_as = _POINTS if isinstance(declared.x, Quantity) else _CURVES if declared.x in TIMES else _DOTS
-    said = [declared.caption, drawn_as]
+    curves = isinstance(declared.x, Quantity) or declared.x in TIMES
+    said = [declared.caption, _POINTS if declared.point else _CURVES if curves else _DOTS]
+    if declared.frontier:
+        said.append(_FRONTIER)
     if any(quantity.log for quantity in declared.y):
         said.append(_GEOMETRIC)
     return Figure(
@@ -170,8 +193,14 @@ def value_figure(declared: ValueFigure, lines: Sequence[Values]) -> Figure:
 
 _CURVES = "Lines: mean over seeds; shaded: its 95 % Student interval; thin: single seeds."
 _POINTS = "Diamonds and bars: mean over seeds and its 95 % Student interval."
+_FRONTIER = "Dashed: the best that is to be had at no more; its points are named."
 _DOTS = "Circles: single seeds; diamonds and bars: their mean and its 95 % Student interval."
 _GEOMETRIC = "On a logarithmic scale the mean is the geometric one."
+
+
+def _title(declared: ValueFigure, view: str, quantities: Sequence[Quantity]) -> str:
+    """Of a view's only panel; its button says the view."""
+    return view if declared.views == QUANTITY else quantities[0].label
 
 
 def _panel(
@@ -188,31 +217,36 @@ def _panel(
     else:
         coloured = _by(lines, declared.colour).items()
         parts = [(places[value], _text(value), own, quantities[0]) for value, own in coloured]
-    if isinstance(declared.x, Quantity):
-        points = tuple(p for part in parts if (p := _points(*part, declared.x, declared.point)) is not None)
-        return LinePanel(title, declared.x.axis, axis, points) if points else None
-    if declared.x in TIMES:
-        curves = tuple(line for part in parts for line in _curves(*part, declared.x))
-        return LinePanel(title, time_axis(declared.x), axis, curves) if curves else None
-    dots = tuple(d for part in parts for d in _dots(*part, declared.x, rows))
-    return DotPanel(title, axis, Axis(_plain(declared.x)), tuple(map(_text, rows)), dots) if dots else None
+    x = declared.x
+    if isinstance(x, str) and x not in TIMES:
+        dots = tuple(d for part in parts for d in _dots(*part, x, rows))
+        return DotPanel(title, axis, Axis(_plain(x)), tuple(map(_text, rows)), dots) if dots else None
+    key, x_axis = (x.key, x.axis) if isinstance(x, Quantity) else (x, time_axis(x))
+    if isinstance(x, Quantity) and declared.point:
+        points = [p for part in parts if (p := _points(*part, x, declared.point)) is not None]
+        best = _frontier(points) if declared.frontier else ()
+        front = [_steps(best)] if len(best) > 1 else []
+        return LinePanel(title, x_axis, axis, (*front, *points), notes=tuple(best)) if points else None
+    curves = tuple(line for part in parts for line in _curves(*part, key))
+    return LinePanel(title, x_axis, axis, curves) if curves else None
 
 
 def _curves(place: int, name: str, lines: Sequence[Values], quantity: Quantity, x: str) -> list[Line]:
     """The mean over seeds where all of them were measured, behind it each seed."""
+    style = _STYLES[place // len(RUNS_LIGHT) % len(_STYLES)]
     seeds = [curve for own in _by(lines, "seed").values() if (curve := _curve(own, x, quantity))]
     if len(seeds) < 2:
-        return [Line(name, tuple(curve), tuple(curve.values()), place) for curve in seeds]
+        return [Line(name, tuple(curve), tuple(curve.values()), place, style) for curve in seeds]
     common = sorted(set.intersection(*(set(curve) for curve in seeds)))
     drawn = [
-        Line(name, tuple(curve), tuple(curve.values()), place, in_legend=not common, thin=True)
+        Line(name, tuple(curve), tuple(curve.values()), place, style, in_legend=not common, thin=True)
         for curve in seeds
     ]
     if common:
         over_seeds = [[curve[time] for curve in seeds] for time in common]
         means = tuple(_mean(values, quantity) for values in over_seeds)
         low, high = zip(*(_interval(values, quantity) for values in over_seeds), strict=True)
-        drawn.append(Line(name, tuple(common), means, place, low=low, high=high))
+        drawn.append(Line(name, tuple(common), means, place, style, low=low, high=high))
     return drawn
 
 
@@ -246,6 +280,24 @@ def _points(
     return Line(name, at, heights, place, low=low_ends, high=high_ends, labels=labels)
 
 
+def _frontier(points: Iterable[Line]) -> list[Note]:
+    """Of all points those that no other one of at most their x lies above, in the order of x."""
+    best: list[Note] = []
+    named = (Note(*one) for line in points for one in zip(line.x, line.y, line.labels, strict=True))
+    for note in sorted(named, key=lambda note: (note.x, -note.y)):
+        if not best or note.y > best[-1].y:
+            best.append(note)
+    return best
+
+
+def _steps(best: Sequence[Note]) -> Line:
+    """What is to be had at each x."""
+    corners = [(left.y, right.x) for left, right in pairwise(best)]
+    x = [best[0].x, *(x for _, right in corners for x in (right, right))]
+    y = [y for left, _ in corners for y in (left, left)] + [best[-1].y]
+    return Line("frontier", x, y, None, "dash")
+
+
 def _dots(
     place: int, name: str, lines: Sequence[Values], quantity: Quantity, x: str, rows: Sequence[Any]
 ) -> list[Dots]:
@@ -268,6 +320,15 @@ def _rows(lines: Sequence[Values], x: str, quantities: Sequence[Quantity]) -> li
     return list(_by(measured, x))
 
 
+def _places(lines: Sequence[Values], kept: Sequence[Values], key: str) -> dict[Any, int]:
+    """A colour a value, as in other figures; where two that are drawn would share one, by themselves."""
+    places = {value: place for place, value in enumerate(_by(lines, key))}
+    drawn = _by(kept, key)
+    if len({places[value] % len(RUNS_LIGHT) for value in drawn}) == len(drawn):
+        return places
+    return {value: place for place, value in enumerate(drawn)}
+
+
 # --- lines of values -------------------------------------------------------------------------------------
 
 
@@ -282,11 +343,9 @@ def _split(
     return [(_text(value), own, quantities) for value, own in _by(lines, key).items()]
 
 
-def _meets(line: Values, where: Mapping[str, Any]) -> bool:
-    return all(
-        line.get(key) in asked if isinstance(asked, (tuple, list)) else line.get(key) == asked
-        for key, asked in where.items()
-    )
+def _meets(line: Values, key: str, asked: Any) -> bool:
+    """Whether the line has the value, or one of the values, there."""
+    return line.get(key) in asked if isinstance(asked, (tuple, list)) else line.get(key) == asked
 
 
 def _by(lines: Sequence[Values], key: str) -> dict[Any, list[Values]]:

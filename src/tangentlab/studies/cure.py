@@ -110,6 +110,7 @@ FIGURES = (
         y=(_ROBUST,),
         x=Quantity("cost", "cost (forward equivalents an example)"),
         point="arm",
+        frontier=True,
         colour="kind",
         panels="eps",
     ),

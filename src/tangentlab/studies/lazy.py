@@ -45,7 +45,6 @@ from tangentlab.studies.lazy_arms import (
     TO,
     TUNING_SEEDS,
     USUAL,
-    fixed_kind,
     kind,
     runs,
 )
@@ -134,13 +133,15 @@ FIGURES = (
         key="frontier",
         title="Robust accuracy against cost",
         caption="Last checkpoints. Cost is in forward equivalents a training example. Going on with clean "
-        "examples from a fixed epoch is in the next figures.",
+        "examples, from a fixed epoch or where the kernel decides, is in the next figures.",
         y=(_ROBUST, _CLEAN),
         x=Quantity("cost", "cost (forward equivalents an example)"),
         point="arm",
+        frontier=True,
         colour="kind",
-        panels="y",
-        where={**_LAST, "kind": tuple(kind for kind in KINDS if kind != fixed_kind("clean"))},
+        views="y",
+        where={**_LAST, "kind": KINDS},
+        unless={"arm": ("kernel-clean", *(f"clean-at-{share:g}" for share in FIXED["clean"]))},
     ),
     ValueFigure(
         key="switching",

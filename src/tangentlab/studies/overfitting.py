@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tangentlab import data
@@ -120,6 +121,7 @@ AFTERWARDS = 3  # epochs that are looked at after a collapse
 # Epochs to a collapse, for figures: above so many.
 WHEN = {"over 8 before": 8, "4 to 8": 4, "2 to 4": 2, "1 to 2": 1, "the last": 0}
 AFTER = "after"
+SHOWN = 15  # signals, in a figure
 
 FATES = (*JUDGED, "neither", "unlearned")
 
@@ -201,22 +203,45 @@ def derive(values: Sequence[Values]) -> Iterator[Values]:
     of the best of each kind, "roc"."""
     runs = seen_runs(values)
     yield from _fates(values)
-    for run in runs:
-        yield from _factors(run)
-    watches = []
+    factors = [line for run in runs for line in _factors(run)]
+    yield from sorted(factors, key=lambda line: (*WHEN, AFTER).index(line["when"]))
+    watches, worths = [], []
     for seed, own, order in folds(values):
         best: dict[str, Chosen] = {}
         for one in order:
             best.setdefault(one.watch.signal, one)
         watches += [one.watch for one in best.values()]
-        yield from (_worth(one, seed, own) for one in best.values())
+        worths += [_worth(one, seed, own) for one in best.values()]
         for threshold in THRESHOLDS:
             worth = alarm_worth(threshold, own)
             yield {"what": "alarm", "seed": seed, "threshold": threshold, **worth}
         others = [run for run in runs if run.seed != seed]
         cells = {"signal": "method and eps", "watch": "method and eps", "family": "no signal", "cost": "any"}
-        yield {"what": "watch", **cells, "seed": seed, "passes": 0, **cells_worth(own, others)}
+        worths.append(
+            {"what": "watch", **cells, "seed": seed, "passes": 0, "shown": True, **cells_worth(own, others)}
+        )
+    yield from _ranked(worths)
     yield from _detections(watches, runs)
+
+
+def _ranked(worths: Sequence[Values]) -> Iterator[Values]:
+    """The lines of what signals are worth, the best first, and which of them a figure shows."""
+
+    def mean(name: str, lines: Sequence[Values]) -> float:
+        return fmean(numbers) if (numbers := [line[name] for line in lines if name in line]) else 0.0
+
+    of_signal: dict[tuple[str, str], list[Values]] = {}
+    for line in worths:
+        of_signal.setdefault((line["cost"], line["signal"]), []).append(line)
+    ranked = sorted(
+        of_signal.values(),
+        key=lambda lines: (-mean("in_time", lines), mean("false_alarms", lines), -mean("lead", lines)),
+    )
+    places: Counter[str] = Counter()
+    for lines in ranked:
+        cost = lines[0]["cost"]
+        places[cost] += 1
+        yield from ({"shown": places[cost] <= SHOWN, **line} for line in lines)
 
 
 def _fates(values: Sequence[Values]) -> Iterator[Values]:
@@ -255,14 +280,15 @@ def _detections(watches: Sequence[Watch], runs: Sequence[Seen]) -> Iterator[Valu
         if (seen := detection(watch, runs)) is not None:
             found.append((*seen, {**_of_watch(watch), "seed": "all"}))
     drawn = set()
+    places: Counter[str] = Counter()
     for area, points, told in sorted(found, key=lambda one: -one[0]):
-        yield {"what": "area", **told, "area": area}
+        places[told["cost"]] += 1
+        yield {"what": "area", **told, "area": area, "shown": places[told["cost"]] <= SHOWN}
         kind = (told["family"], told["cost"])
         if kind not in drawn:
             drawn.add(kind)
-            for place, (false_alarms, detected) in enumerate(points):
-                at = {"place": place, "false_alarms": false_alarms, "detected": detected}
-                yield {"what": "roc", **told, **at}
+            for false_alarms, detected in {0.0: 0.0, **dict(points)}.items():
+                yield {"what": "roc", **told, "false_alarms": false_alarms, "detected": detected}
 
 
 def _of_watch(watch: Watch) -> dict[str, str]:
@@ -281,30 +307,32 @@ FIGURES = (
         key="in-time",
         title="Which signal speaks in time",
         caption="Share of a seed's collapsing runs that a signal speaks before, watched in the way and with "
-        "the threshold that the other seeds choose; the best on these first. In time: before the first fall "
-        "of half an epoch; also before the first fall of all, and before the one that lasted.",
+        f"the threshold that the other seeds choose; the {SHOWN} best at any cost and of the cheap ones. In "
+        "time: before the first fall of half an epoch; also before the first fall of all, and before the one "
+        "that lasted.",
         y=(
             Quantity("in_time", "spoke in time", percent=True),
-            Quantity("in_time_of_the_first_fall", "spoke before the first fall", percent=True),
-            Quantity("in_time_of_the_lasting_fall", "spoke before the lasting fall", percent=True),
-            Quantity("lead", "lead (steps)"),
             Quantity("false_alarms", "false alarms", percent=True),
+            Quantity("lead", "lead (steps)"),
+            Quantity("in_time_of_the_first_fall", "before the first fall", percent=True),
+            Quantity("in_time_of_the_lasting_fall", "before the lasting fall", percent=True),
         ),
         x="signal",
         colour="family",
-        panels="cost",
-        views="y",
-        where={"what": "watch"},
+        panels="y",
+        views="cost",
+        where={"what": "watch", "shown": True},
     ),
     ValueFigure(
         key="area",
         title="Telling runs that collapse from quiet ones",
-        caption="Area under the ROC of a run's highest score until the collapse, over all judged runs.",
+        caption="Area under the ROC of a run's highest score until the collapse, over all judged runs; the "
+        f"{SHOWN} largest at any cost and of the cheap ones.",
         y=(Quantity("area", "area under the ROC"),),
         x="signal",
         colour="family",
-        panels="cost",
-        where={"what": "area"},
+        views="cost",
+        where={"what": "area", "shown": True},
     ),
     ValueFigure(
         key="roc",
@@ -312,7 +340,6 @@ FIGURES = (
         caption="ROC of the best kernel signal and the best rival, at any cost and cheap, over all runs.",
         y=(Quantity("detected", "collapsing runs that lie above", percent=True),),
         x=Quantity("false_alarms", "quiet runs that lie above", percent=True),
-        point="place",
         colour="watch",
         where={"what": "roc"},
     ),
@@ -325,7 +352,7 @@ FIGURES = (
             Quantity("in_time", "share of the runs", "spoke in time", percent=True),
             Quantity("false_alarms", "share of the runs", "false alarms", percent=True),
         ),
-        x="threshold",
+        x=Quantity("threshold", "threshold"),
         colour="y",
         where={"what": "alarm"},
     ),
