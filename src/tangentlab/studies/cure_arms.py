@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from tangentlab.runs import RunConfig, load_config
+from tangentlab.runs import RunConfig
 from tangentlab.studies import overfitting
 from tangentlab.studies.overfitting_claims import LOOK_EVERY
 from tangentlab.studies.overfitting_watches import TUNING_SEEDS
+from tangentlab.studies.study import configured
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,13 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
 
 def run_config(tier: Tier, eps: float, arm: str, words: str, seed: int) -> RunConfig:
     """A run of the tier."""
-    own = f"--eps={eps} {words} --name={arm}-{eps:.3g} --seed={seed}"
-    return load_config(tier.config, f"{COMMON} {tier.words} {own}".split())
+    own = f"--eps={eps} {words} --name={arm}-{eps:.3g}"
+    return configured(tier.config, f"{COMMON} {tier.words} {own}", seed=seed)
 
 
 def tier_config(tier: Tier) -> RunConfig:
-    return load_config(tier.config, tier.words.split())
+    """What its runs have in common."""
+    return configured(tier.config, tier.words)
 
 
 def kind(arm: str) -> str:

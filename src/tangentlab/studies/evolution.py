@@ -32,7 +32,7 @@ from tangentlab.kernels import Linearized
 from tangentlab.probes import KernelProbe
 from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
-from tangentlab.runs import RunConfig, load_config
+from tangentlab.runs import RunConfig
 from tangentlab.runs.build import (
     Examples,
     build_attack,
@@ -53,7 +53,7 @@ from tangentlab.studies.evolution_claims import (
     repetitions,
     verdicts,
 )
-from tangentlab.studies.study import COLD, Study, Values
+from tangentlab.studies.study import COLD, Study, Values, configured
 from tangentlab.training import load_weights
 
 CONTROLS = ("standard", "fgsm_rs", "pgd")  # trained with a constant rate too
@@ -120,10 +120,11 @@ def configurations(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
         runs += [("table", "digits", TABLE_WORDS, kind) for kind in grid]
     found = {}
     for seed, (place, base, words, (method, schedule)) in product(seeds, runs):
-        own = [f"--method={method}", f"--training.schedule={schedule}", f"--seed={seed}"]
+        own = [f"--method={method}", f"--training.schedule={schedule}"]
         own += CRAFTING[tier] if method in ("pgd", "trades") else ()
         own += ["--probe.early=true", "--threads=1", f"--name={place}-{method}-{schedule}"]
-        found[_key(place, method, schedule, seed)] = load_config(base, [*words.split(), *own])
+        config = configured(base, " ".join([words, *own]), seed=seed)
+        found[_key(place, method, schedule, seed)] = config
     return found
 
 

@@ -34,12 +34,12 @@ from tangentlab.kernels import kernel_gap, pullback, sgd_change, tangent_change
 from tangentlab.probes import OutputChange, adversarial_change, drift_only, output_change
 from tangentlab.records import read_run
 from tangentlab.report.values import Quantity, ValueFigure
-from tangentlab.runs import RunConfig, load_config
+from tangentlab.runs import RunConfig
 from tangentlab.runs.again import LossTerm, Repeated, train_again
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import kept_checkpoints
 from tangentlab.studies.gap_claims import BATCH_SIZES, CLAIMS, CONTROL, METHODS, SCALED, STEPS, judged
-from tangentlab.studies.study import COLD, Study
+from tangentlab.studies.study import COLD, Study, configured
 from tangentlab.training import load_weights
 
 # Arm -> method and schedule.
@@ -78,10 +78,11 @@ def runs(tier: int, seeds: Sequence[int]) -> Mapping[str, RunConfig]:
 
     def config(arm: str, seed: int) -> RunConfig:
         method, schedule = ARMS[arm]
-        own = [f"--name={arm}", f"--seed={seed}", f"--method={method}", f"--training.schedule={schedule}"]
+        own = [f"--name={arm}", f"--method={method}", f"--training.schedule={schedule}"]
         if method in ("pgd", "trades"):
             own += crafting
-        return load_config(base, [*own, f"--training.epochs={epochs}", *_SETTINGS, *words])
+        every = [*own, f"--training.epochs={epochs}", *_SETTINGS, *words]
+        return configured(base, " ".join(every), seed=seed)
 
     return {f"{arm}-{seed}": config(arm, seed) for arm in ARMS for seed in seeds}
 

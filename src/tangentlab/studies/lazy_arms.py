@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tangentlab.runs import RunConfig, load_config
+from tangentlab.runs import RunConfig
 from tangentlab.runs.parsing import build_method
+from tangentlab.studies.study import configured
 
 
 @dataclass(frozen=True)
@@ -186,14 +187,14 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
     """ARM-SEED -> configuration."""
     chosen = TIERS[tier]
     return {
-        f"{name}-{seed}": _config(chosen, f"{words} --name={name} --seed={seed}")
+        f"{name}-{seed}": _config(chosen, f"{words} --name={name}", seed)
         for seed in seeds
         for name, words in arms(chosen).items()
     }
 
 
-def _config(tier: Tier, words: str) -> RunConfig:
-    return load_config(tier.config, [*COMMON.split(), UNWATCHED, *tier.words.split(), *words.split()])
+def _config(tier: Tier, words: str, seed: int = 0) -> RunConfig:
+    return configured(tier.config, f"{COMMON} {UNWATCHED} {tier.words} {words}", seed=seed)
 
 
 def _cost(tier: Tier, words: str) -> float:

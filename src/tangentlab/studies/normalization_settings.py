@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tangentlab import modes
-from tangentlab.runs import RunConfig, load_config
-from tangentlab.studies.study import COLD
+from tangentlab.runs import RunConfig
+from tangentlab.studies.study import COLD, configured
 
 USUAL, MIDDLE = 128, 16  # examples a batch
 
@@ -52,8 +52,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     # BatchNorm in a training step. In the first three crafting does not read the buffers: the weights are
     # the base run's, and only what is evaluated differs.
     "updates-loss": ("--method.buffer_updates=[loss]",),
-    "updates-loss-clean": ("--method.buffer_updates=[loss, clean]",),
-    "updates-clean-loss": ("--method.buffer_updates=[clean, loss]",),
+    "updates-loss-clean": ("--method.buffer_updates=[loss,clean]",),
+    "updates-clean-loss": ("--method.buffer_updates=[clean,loss]",),
     "running": ("--method.crafting_statistics=running", "--method.buffer_updates=[loss]"),
     "running-clean": ("--method.crafting_statistics=running", "--method.buffer_updates=[clean]"),
     "running-momentum": (
@@ -153,14 +153,10 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
     words: dict[str, tuple[str, ...]] = {method: ("--method", method) for method in chosen.methods}
     words |= {name: ("--method", "pgd", *VARIANTS[name]) for name in chosen.variants}
     # Three steps of eps/2 reach the ball's surface at a third of PGD-10's cost.
-    steps = (
-        "--method.num_steps=3",
-        f"--method.step_size={load_config(chosen.config, chosen.overrides).eps / 2}",
-    )
+    step = configured(chosen.config, " ".join(chosen.overrides)).eps / 2
     found: dict[str, RunConfig] = {}
     for name, own in words.items():
-        crafting = steps if own[1] in ("pgd", "trades") else ()
-        overrides = (*_COMMON, *chosen.overrides, *own, *crafting, "--name", name)
-        config = load_config(chosen.config, overrides)
-        found |= {f"{name}-{seed}": replace(config, seed=seed) for seed in seeds}
+        steps = ("--method.num_steps=3", f"--method.step_size={step}") if own[1] in ("pgd", "trades") else ()
+        overrides = " ".join((*_COMMON, *chosen.overrides, *own, *steps, "--name", name))
+        found |= {f"{name}-{seed}": configured(chosen.config, overrides, seed=seed) for seed in seeds}
     return found

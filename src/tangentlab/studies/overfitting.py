@@ -33,7 +33,7 @@ from tangentlab import data
 from tangentlab.probes.overfitting_alarm import THRESHOLD
 from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
-from tangentlab.runs import RunConfig, load_config
+from tangentlab.runs import RunConfig
 from tangentlab.runs.build import build_data, build_model, eps_factor, resolve_device
 from tangentlab.runs.evaluation import kept_checkpoints
 from tangentlab.studies.overfitting_claims import CLAIMS, LOOK_EVERY, judged
@@ -66,7 +66,7 @@ from tangentlab.studies.overfitting_watches import (
     watch_noise,
     watch_worth,
 )
-from tangentlab.studies.study import COLD, Study, Values
+from tangentlab.studies.study import COLD, Study, Values, configured
 from tangentlab.training import load_weights
 
 
@@ -79,12 +79,14 @@ class Tier:
         words: overrides of it.
         eps: radii that every method trains at.
         every: epochs between checkpoints, and evaluations.
+        pgd_steps: of PGD training, each of eps/2; None for the configuration's.
     """
 
     config: str
     words: str
     eps: tuple[float, ...]
     every: float = 0.25
+    pgd_steps: int | None = None
     controls: tuple[str, ...] = ("pgd", "n_fgsm", "grad_align")
     collapsing: tuple[str, ...] = SINGLE_STEP
 
@@ -113,6 +115,7 @@ TIERS = {
         "--training.epochs=15 --training.batch_size=64 --training.schedule=constant "
         "--training.eps_schedule=linear",
         (20 / 255, 24 / 255),
+        pgd_steps=3,
         controls=("pgd", "n_fgsm"),
     ),
 }
@@ -136,10 +139,12 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
         name = f"{method}-{eps:.3g}"
         words = f"{_COMMON} {chosen.words} --eps={eps} --method={method} --name={name}"
         words += f" --training.keep_every={chosen.every} --evaluation.every={chosen.every}"
+        if method == "pgd" and chosen.pgd_steps is not None:
+            words += f" --method.num_steps={chosen.pgd_steps} --method.step_size={eps / 2}"
         # As the demo: crafting leaves BatchNorm's buffers alone.
         words += " --method.buffer_updates=[loss]"
         for seed in seeds:
-            found[f"{name}-{seed}"] = load_config(chosen.config, [*words.split(), f"--seed={seed}"])
+            found[f"{name}-{seed}"] = configured(chosen.config, words, seed=seed)
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib import import_module
 from itertools import count, islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from tangentlab.errors import ConfigError, RunFolderError, unknown_choice
 from tangentlab.files import finite, json_bytes, write_atomic
 from tangentlab.records import SCHEMA, environment, read_configs, read_values
 from tangentlab.report.values import ValueFigure
-from tangentlab.runs import Outcome, Precision, RunConfig, check_outcomes, check_same, train_many
+from tangentlab.runs import Outcome, Precision, RunConfig, check_outcomes, check_same, load_config, train_many
 from tangentlab.runs.hooks import Display
 from tangentlab.studies.claims import Claim, Verdict
 
@@ -67,6 +68,16 @@ class Study:
     derive: Callable[[Sequence[Values]], Iterable[Values]] = lambda _: ()
     tuning_seeds: tuple[int, ...] = ()
     tiers: tuple[int, ...] = (0, 1, 2)
+
+
+def configured(source: str, words: str, *, seed: int = 0) -> RunConfig:
+    """A shipped configuration with overrides; read once for all seeds, which takes a tenth of a second."""
+    return replace(_configured(source, words), seed=seed)
+
+
+@cache
+def _configured(source: str, words: str) -> RunConfig:
+    return load_config(source, words.split())
 
 
 def load_study(name: str) -> Study:

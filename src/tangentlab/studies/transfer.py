@@ -43,11 +43,11 @@ from tangentlab.kernels import Linearized, NTKOperator, ntk, pullback
 from tangentlab.probes import accuracy
 from tangentlab.records import read_run
 from tangentlab.report.values import Quantity, ValueFigure
-from tangentlab.runs import RunConfig, load_config
+from tangentlab.runs import RunConfig
 from tangentlab.runs.build import Examples, build_attack, build_data, build_model, resolve_device
 from tangentlab.runs.evaluation import count_correct, kept_checkpoints
 from tangentlab.runs.frozen import train_frozen
-from tangentlab.studies.study import COLD, Study, Values
+from tangentlab.studies.study import COLD, Study, Values, configured
 from tangentlab.studies.transfer_claims import CLAIMS, judged
 from tangentlab.training import load_weights, recalibrate
 
@@ -101,11 +101,11 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
     named = {
         method: f"--method={method} {steps if method in ('pgd', 'trades') else ''}" for method in methods
     }
-    epochs = load_config(base, [*_COMMON.split(), *words.split()]).training.epochs
+    epochs = configured(base, f"{_COMMON} {words}").training.epochs
     turn = f"--switch.rule=fixed --switch.epoch={MOMENTS['middle'] * epochs:g}"
     named |= {f"pgd-{kind}": f"{named['pgd']} {turn} --switch.to={to}" for kind, to in TURNED.items()}
     return {
-        f"{name}-{seed}": load_config(base, f"{_COMMON} {words} {own} --name={name} --seed={seed}".split())
+        f"{name}-{seed}": configured(base, f"{_COMMON} {words} {own} --name={name}", seed=seed)
         for seed in seeds
         for name, own in named.items()
     }
