@@ -219,33 +219,30 @@ def _draw_lines(axes: Axes, figure: Figure, panel: LinePanel) -> None:
     for note, row, anchor in note_rows(figure, panel):
         top = y_limits(figure, panel)[1]
         axes.vlines(note.x, note.y, top, LIGHT["muted"], linewidth=0.4, linestyle=_DASHES["dot"])
-        axes.annotate(
-            note.text,
-            (note.x, 1),
-            xycoords=axes.get_xaxis_transform(),
-            xytext=(0, 1.5 + 72 * _MARK_ROW * row),
-            textcoords="offset points",
-            ha=anchor,
-            fontsize=5.5,
-            parse_math=False,
-        )
+        _write_above(axes, note.text, note.x, row, anchor, LIGHT["ink"])
     low, high = axes.get_xlim()
     row = 0
     for mark in sorted(panel.marks, key=lambda mark: mark.x):
         axes.axvline(mark.x, color=run_colour(mark.colour), linestyle=(0, (1, 1.5)), linewidth=0.9)
         if mark.label:
             place = (mark.x - low) / (high - low)
-            axes.annotate(
-                mark.label,
-                (mark.x, 1),
-                xycoords=axes.get_xaxis_transform(),
-                xytext=(0, 1.5 + 72 * _MARK_ROW * row),
-                textcoords="offset points",
-                ha="left" if place < 0.3 else "right" if place > 0.7 else "center",
-                fontsize=5.5,
-                color=run_colour(mark.colour),
-            )
+            side = "left" if place < 0.3 else "right" if place > 0.7 else "center"
+            _write_above(axes, mark.label, mark.x, row, side, run_colour(mark.colour))
             row += 1
+
+
+def _write_above(axes: Axes, text: str, x: float, row: int, anchor: str, colour: str) -> None:
+    axes.annotate(
+        text,
+        (x, 1),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(0, 1.5 + 72 * _MARK_ROW * row),
+        textcoords="offset points",
+        ha=anchor,
+        fontsize=5.5,
+        color=colour,
+        parse_math=False,
+    )
 
 
 def _draw_points(axes: Axes, line: Line, *, named: bool) -> None:
