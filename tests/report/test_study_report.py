@@ -457,6 +457,7 @@ def test_colours_are_as_elsewhere_unless_two_would_share_one() -> None:
         return [(line.colour, line.style) for line in panel.lines]
 
     assert drawn(1, 4) == [(1, "solid"), (4, "solid")]
+    assert drawn(4, 10) == [(4, "solid"), (2, "solid")]
     assert drawn(1, 4, 9) == [(0, "solid"), (1, "solid"), (2, "solid")]
     assert drawn(*range(10))[7:] == [(7, "solid"), (8, "dash"), (9, "dash")]
 

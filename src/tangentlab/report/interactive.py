@@ -116,6 +116,7 @@ def _lines(figure: Figure, panel: LinePanel) -> Spec:
             "opacity": 0.4 if line.thin else round(line.opacity, 2),
             "line": {"color": run_colour(line.colour), "width": 1 if line.thin else 2, "dash": line.style},
             "marker": {"color": run_colour(line.colour), "size": 4 if line.thin else 7},
+            # A line that is no run's, such as a frontier, says nothing that its points do not.
             **(
                 {"hoverinfo": "skip"}
                 if line.thin or line.colour is None

@@ -322,9 +322,9 @@ def _rows(lines: Sequence[Values], x: str, quantities: Sequence[Quantity]) -> li
 
 def _places(lines: Sequence[Values], kept: Sequence[Values], key: str) -> dict[Any, int]:
     """A colour a value, as in other figures; where two that are drawn would share one, by themselves."""
-    places = {value: place for place, value in enumerate(_by(lines, key))}
+    places = {value: place % len(RUNS_LIGHT) for place, value in enumerate(_by(lines, key))}
     drawn = _by(kept, key)
-    if len({places[value] % len(RUNS_LIGHT) for value in drawn}) == len(drawn):
+    if len({places[value] for value in drawn}) == len(drawn):
         return places
     return {value: place for place, value in enumerate(drawn)}
 

@@ -71,7 +71,7 @@ class Study:
 
 
 def configured(source: str, words: str, *, seed: int = 0) -> RunConfig:
-    """A shipped configuration with overrides; read once for all seeds, which takes a tenth of a second."""
+    """A shipped configuration with overrides, read once for all seeds: its parser is slow to build."""
     return replace(_configured(source, words), seed=seed)
 
 
