@@ -119,7 +119,7 @@ def planted(collapse: float | None, seed: int, number: int, **changed: Any) -> l
             "gradient_cosine": (0.2 if bent else 0.9) - noise,
             "clean/class/entropy_rank": 5.0 + noise,
             "cheap/fgsm~pgd": (0.5 if parted else 0.05) + 2 * noise,
-            "cheap/pooled_share": (0.3 if parted else 0.9) - noise,
+            "cheap/pooled_update_share": (0.3 if parted else 0.9) - noise,
             "cheap/gradient_cosine": (0.2 if bent else 0.9) - noise,
             "kernel_share": 0.3 if fallen else 1.0,
             "update_share": 0.27 if fallen else 0.9,
@@ -356,7 +356,7 @@ def test_the_noise_of_a_pooled_signal_is_that_of_its_looks_averaged(values: list
     runs = seen_runs(lines)
     single, pooled = (
         watch_noise(Watch(f"cheap/{name}", "level", -1), runs)["noise"]
-        for name in ("update_share", "pooled_share")
+        for name in ("update_share", "pooled_update_share")
     )
     assert single == pytest.approx(0.1 / 2**0.5)
     assert pooled == pytest.approx(single / 3**0.5)
@@ -377,7 +377,7 @@ def test_the_runs_own_evaluations_are_a_rival(values: list[Line]) -> None:
     assert [line["validation_gap"] for line in run.signals][:2] == [pytest.approx(0.4)] * 2
     assert run.signals[-1]["validation_accuracy"] == 0
     assert Watch("validation_gap", "level", 1).family == "rival"
-    assert Watch("cheap/pooled_share", "level", -1).family == "update"
+    assert Watch("cheap/pooled_update_share", "level", -1).family == "update"
     assert Watch("cheap/clean~pgd", "level", 1).family == "kernel"
 
 

@@ -18,6 +18,7 @@ from tangentlab.probes.signals import (
     linearity_error,
     linearity_signals,
     one_and_two_steps,
+    right_confidences,
     update_products,
     update_signals,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "linearity_signals",
     "one_and_two_steps",
     "output_change",
+    "right_confidences",
     "update_products",
     "update_signals",
 ]

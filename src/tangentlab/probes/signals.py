@@ -143,6 +143,16 @@ def one_and_two_steps(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> 
     return one, two
 
 
+def right_confidences(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> tuple[float, float]:
+    """Σ_i softmax(f(x_i))_{y_i} over ``one_step`` [n, ...] and over ``several`` [n, ...], in float64: the
+    expected number that a label drawn by the network's softmax gets right. Two passes an example."""
+    with modes.evaluation(model), torch.no_grad():
+        of_one, of_several = (
+            float(cross_entropies(model(x).double(), y=y).neg().exp().sum()) for x in (one_step, several)
+        )
+    return of_one, of_several
+
+
 def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> dict[str, float]:
     """What training on one-step inputs x_F [n, ...] does, to first order, to the loss L_P on x_P [n, ...].
 
@@ -176,10 +186,8 @@ def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tenso
     }
 
 
-def update_products(
-    model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor
-) -> tuple[float, float, float]:
-    """⟨g_F, g_P⟩, ‖g_F‖² and ‖g_P‖², as :func:`update_signals` has them, in six passes an example.
+def update_products(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> tuple[float, float]:
+    """⟨g_F, g_P⟩ and ‖g_P‖², as :func:`update_signals` has them, in six passes an example.
 
     Raises:
         KernelError: no parameter requires a gradient.
@@ -190,7 +198,7 @@ def update_products(
             _pulled_back(logits, _derivatives(logits, y), parameters)
             for logits in (model(one_step), model(several))
         )
-    return float(of_one @ of_several), float(of_one @ of_one), float(of_several @ of_several)
+    return float(of_one @ of_several), float(of_several @ of_several)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

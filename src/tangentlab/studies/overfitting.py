@@ -22,19 +22,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor, nn
+
 from tangentlab import data
 from tangentlab.probes.overfitting_alarm import THRESHOLD
 from tangentlab.records import RunRecord, read_run
 from tangentlab.report.values import Quantity, ValueFigure
 from tangentlab.runs import RunConfig
-from tangentlab.runs.build import build_data, build_model, eps_factor, resolve_device
+from tangentlab.runs.build import Examples, build_data, build_model, eps_factor, resolve_device
 from tangentlab.runs.evaluation import kept_checkpoints
 from tangentlab.studies.overfitting_claims import CLAIMS, LOOK_EVERY, judged
 from tangentlab.studies.overfitting_signals import (
@@ -153,33 +155,49 @@ def runs(tier: int, seeds: Sequence[int]) -> dict[str, RunConfig]:
 
 def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
     """A line of the run and, where it collapsed or stayed quiet, one of each kept checkpoint."""
-    examples = build_data(config)
     run = run_line(read_run(folder), config)
     yield run
     if run["fate"] not in JUDGED:
         return
-    device = resolve_device(config.device)
-    model = build_model(config, examples, device)
-    size = max(PROBED, EXAMPLES)
-    # Disjoint.
-    sets = data.class_balanced(examples.train.labels, 2 * size, seed=config.seed).split(size)
-    first, second = ((examples.train.x(i, device), examples.train.labels[i].to(device)) for i in sets)
-    pooled = PooledSignals(*first, eps=config.eps)
-    radius = eps_factor(config, round(run["steps_per_epoch"] * config.training.epochs))
-    for look, (number, path) in enumerate(kept_checkpoints(folder).items()):
-        at = load_weights(path, model)["extra"]["epoch"]
-        if run["collapse"] is not None and at > run["collapse"] + AFTERWARDS:
-            break
-        here = replace(config, eps=config.eps * radius(number))  # that the step trains in
+    examples = build_data(config)
+    first, second = probed(examples, config)
+    pooled = PooledSignals(*first)
+    for look, (model, here, at) in enumerate(looks(folder, config, examples, run)):
         for what, points in {"signals": first, **({} if look % AGAIN else {"again": second})}.items():
             seen: dict[str, float] = {}
             for name, take in (("cheap", cheap_signals), ("full", full_signals)):
                 begun = time.perf_counter()
                 seen |= take(model, *points, here)
                 seen[f"{name}_seconds"] = time.perf_counter() - begun
-            seen |= pooled.look(model, number, here) if what == "signals" else {}
-            rounded = {name: float(f"{value:.4g}") for name, value in seen.items()}
-            yield {"what": what, "eps": config.eps, "step": number, "epoch": at, **rounded}
+            seen |= pooled.look(model, here) if what == "signals" else {}
+            yield {"what": what, "eps": config.eps, **at, **rounded(seen)}
+
+
+def probed(examples: Examples, config: RunConfig) -> list[tuple[Tensor, Tensor]]:
+    """Two disjoint sets of class-balanced training examples."""
+    device = resolve_device(config.device)
+    size = max(PROBED, EXAMPLES)
+    sets = data.class_balanced(examples.train.labels, 2 * size, seed=config.seed).split(size)
+    return [(examples.train.x(i, device), examples.train.labels[i].to(device)) for i in sets]
+
+
+def looks(
+    folder: Path, config: RunConfig, examples: Examples, run: Values
+) -> Iterator[tuple[nn.Module, RunConfig, dict[str, float]]]:
+    """The network at each kept checkpoint until AFTERWARDS epochs after a collapse, the configuration with
+    the eps that the step trains in, and its step and epoch."""
+    model = build_model(config, examples, resolve_device(config.device))
+    radius = eps_factor(config, round(run["steps_per_epoch"] * config.training.epochs))
+    for step, path in kept_checkpoints(folder).items():
+        epoch = load_weights(path, model)["extra"]["epoch"]
+        if run["collapse"] is not None and epoch > run["collapse"] + AFTERWARDS:
+            return
+        yield model, replace(config, eps=config.eps * radius(step)), {"step": step, "epoch": epoch}
+
+
+def rounded(seen: Mapping[str, float]) -> dict[str, float]:
+    """To four digits, as the lines keep them."""
+    return {name: float(f"{value:.4g}") for name, value in seen.items()}
 
 
 def run_line(record: RunRecord, config: RunConfig) -> dict[str, Any]:

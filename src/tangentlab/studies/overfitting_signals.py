@@ -6,7 +6,8 @@ inputs, in which the kernel and the losses' derivatives meet (tangentlab.probes.
 
 Cheap, named "cheap/...": those of as many examples as BUDGET forward passes pay for, with PGD in two steps of
 eps/2 and kernels of one signed sum of the logits, which are the trace kernel in the mean over signs. And, at
-no more a look, pooled ones of three looks at other examples each: the shipped alarm's share, and rivals.
+no more a look, pooled ones of three looks at other examples each: the shipped alarm's confidence share, the
+update share, and rivals.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from tangentlab.errors import KernelError
 from tangentlab.kernels import ntk
 from tangentlab.probes import (
     KernelProbe,
-    OverfittingAlarm,
     SignedSum,
     fgsm_pgd_gap,
     gradient_signals,
     linearity_error,
     linearity_signals,
     one_and_two_steps,
+    right_confidences,
+    update_products,
     update_signals,
 )
+from tangentlab.probes.overfitting_alarm import COST as ALARM_COST
 from tangentlab.probes.overfitting_alarm import POOLED
 from tangentlab.runs import RunConfig
 from tangentlab.runs.build import build_attack
@@ -50,6 +53,7 @@ SPECTRUM = (*COUNTS, *EIGENVALUES)
 RIVALS = (
     "fgsm_pgd_gap",
     "loss_ratio",
+    "confidence_share",
     "gradient_cosine",
     "linearity_error",
     "gradient_norm",
@@ -70,18 +74,22 @@ CHEAP_PAIRS = {
     f"{a}~{b}": max(CRAFTING[a], CRAFTING[b]) + 2 * GRADIENT
     for a, b in (("clean", "noise"), ("clean", "fgsm"), ("noise", "fgsm"), ("clean", "pgd"), ("fgsm", "pgd"))
 }
-POOLED_SHARE = "pooled_share"
+ALARM_SHARE = "pooled_confidence_share"
+POOLED_UPDATES = {"pooled_update_share": CHEAP_PAIRS["fgsm~pgd"]}
 POOLED_RIVALS = {
-    "pooled_loss_ratio": 6,
+    ALARM_SHARE: ALARM_COST,
+    "pooled_loss_ratio": ALARM_COST,
     "pooled_fgsm_pgd2_gap": 8,
     "pooled_gradient_cosine": 4,
     "pooled_linearity_error": 3,
 }
+POOLED_SIGNALS = {**POOLED_UPDATES, **POOLED_RIVALS}
 CHEAP_UPDATES = dict.fromkeys(UPDATES, CHEAP_PAIRS["fgsm~pgd"])
 CHEAP_RIVALS = {
     "fgsm_pgd_gap": 24,
     "fgsm_pgd2_gap": 8,
-    "loss_ratio": 6,
+    "loss_ratio": ALARM_COST,
+    "confidence_share": ALARM_COST,
     "gradient_cosine": 4,
     "linearity_error": 3,
     "gradient_norm": 2,
@@ -92,7 +100,7 @@ CHEAP_RIVALS = {
 COSTS = {
     **{f"cheap/{inputs}/{name}": cost for (inputs, cost) in CHEAP_SPECTRUM.items() for name in SPECTRUM},
     **{f"cheap/{pair}": cost for pair, cost in (CHEAP_PAIRS | CHEAP_UPDATES).items()},
-    f"cheap/{POOLED_SHARE}": CHEAP_PAIRS["fgsm~pgd"],
+    **{f"cheap/{name}": cost for name, cost in POOLED_UPDATES.items()},
     **{f"cheap/{name}": cost for name, cost in CHEAP_RIVALS.items()},
 }
 SIGNALS = (*KERNEL, *UPDATE_SIGNALS, *RIVALS, *COSTS)
@@ -102,31 +110,27 @@ EXAMPLES = POOLED * (BUDGET // min(POOLED_RIVALS.values()))  # that the looks ne
 
 
 class PooledSignals:
-    """The shipped alarm's share, and rivals pooled in the same way: each look takes the next third of the
+    """The shipped alarm's share, and others pooled in the same way: each look takes the next third of the
     examples, and the last three count together, a ratio as that of the sums."""
 
-    def __init__(self, x: Tensor, y: Tensor, *, eps: float) -> None:
-        n = POOLED * (BUDGET // COSTS[f"cheap/{POOLED_SHARE}"])
-        self.alarm = OverfittingAlarm(x[:n], y[:n], eps=eps)
+    def __init__(self, x: Tensor, y: Tensor) -> None:
         self.parts = {
             name: list(
                 zip(*(part[: POOLED * (BUDGET // cost)].tensor_split(POOLED) for part in (x, y)), strict=True)
             )
-            for name, cost in POOLED_RIVALS.items()
+            for name, cost in POOLED_SIGNALS.items()
         }
         self.looks: list[dict[str, tuple[float, float]]] = []
 
-    def look(self, model: nn.Module, step: int, config: RunConfig) -> dict[str, float]:
-        self.alarm.update(model, step, eps=config.eps)
+    def look(self, model: nn.Module, config: RunConfig) -> dict[str, float]:
         points = {name: parts[len(self.looks) % POOLED] for name, parts in self.parts.items()}
         self.looks.append(self._seen(model, points, config))
         found = {}
-        if (share := self.alarm.looks[-1].pooled) is not None:
-            found[f"cheap/{POOLED_SHARE}"] = share
         if len(self.looks) >= POOLED:
-            for name in POOLED_RIVALS:
+            for name in POOLED_SIGNALS:
                 above, below = map(sum, zip(*(look[name] for look in self.looks[-POOLED:]), strict=True))
-                found[f"cheap/{name}"] = above / below
+                if below:
+                    found[f"cheap/{name}"] = above / below
         return found
 
     def _seen(
@@ -134,14 +138,20 @@ class PooledSignals:
     ) -> dict[str, tuple[float, float]]:
         """Each as a numerator and a denominator."""
         eps, seed = config.eps, config.seed
-        x, y = points["pooled_loss_ratio"]
-        inputs = _inputs(model, x, y, config)
-        of_one, of_several = _losses(model, inputs["fgsm"], inputs["pgd"], y)
+        crafted = {}
+        for name in (ALARM_SHARE, "pooled_update_share"):
+            x, y = points[name]
+            with modes.evaluation(model):
+                crafted[name] = (*one_and_two_steps(model, x, y, eps=eps), y)
+        right_of_one, right_of_several = right_confidences(model, *crafted[ALARM_SHARE])
+        of_one, of_several = _losses(model, *crafted[ALARM_SHARE])  # as dear
         gap = fgsm_pgd_gap(model, *points["pooled_fgsm_pgd2_gap"], eps=eps, num_steps=2, seed=seed)
         gradients = gradient_signals(model, *points["pooled_gradient_cosine"], eps=eps, seed=seed)
         error = linearity_error(model, *points["pooled_linearity_error"], eps=eps, seed=seed)
         return {
+            ALARM_SHARE: (right_of_several, right_of_one),
             "pooled_loss_ratio": (of_several, of_one),
+            "pooled_update_share": update_products(model, *crafted["pooled_update_share"]),
             "pooled_fgsm_pgd2_gap": (gap, 1.0),
             "pooled_gradient_cosine": (gradients["gradient_cosine"], 1.0),
             "pooled_linearity_error": (error, 1.0),
@@ -159,6 +169,7 @@ def full_signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> d
         one_step, several = (attack(model, x, y, generator=noise) for attack in attacks.values())
     of_one, of_several = _losses(model, one_step, several, y)
     seen["loss_ratio"] = of_several / of_one
+    seen |= _confidence_share(model, one_step, several, y)
     seen |= update_signals(model, one_step, several, y)
     with suppress(KernelError):  # a network that has died has no kernel: its other signals remain
         seen |= _of_kernels(probe.measure(model, 0).values)
@@ -183,8 +194,10 @@ def cheap_signals(model: nn.Module, x: Tensor, y: Tensor, config: RunConfig) -> 
     seen["gradient_cosine"] = of_fewer["gradient_cosine"]
     points = _inputs(model, *few("gradient_norm"), config)
     n = BUDGET // CHEAP_RIVALS["loss_ratio"]
-    of_one, of_several = _losses(model, points["fgsm"][:n], points["pgd"][:n], y[:n])
+    crafted = points["fgsm"][:n], points["pgd"][:n], y[:n]
+    of_one, of_several = _losses(model, *crafted)
     seen["loss_ratio"] = of_several / of_one
+    seen |= _confidence_share(model, *crafted)
     with suppress(KernelError):
         seen |= _of_cheap_kernels(model, points, config)
     n = BUDGET // CHEAP_UPDATES["update_share"]
@@ -208,6 +221,12 @@ def _losses(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> t
     with modes.evaluation(model), torch.no_grad():
         of_one, of_several = (float(cross_entropies(model(x), y=y).mean()) for x in (one_step, several))
     return of_one, of_several
+
+
+def _confidence_share(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> dict[str, float]:
+    """The alarm's, of these; none where FGSM leaves no confidence."""
+    of_one, of_several = right_confidences(model, one_step, several, y)
+    return {"confidence_share": of_several / of_one} if of_one else {}
 
 
 def _of_cheap_kernels(model: nn.Module, points: Mapping[str, Tensor], config: RunConfig) -> dict[str, float]:

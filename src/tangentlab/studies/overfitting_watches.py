@@ -29,6 +29,7 @@ from tangentlab.probes.overfitting_alarm import POOLED
 from tangentlab.studies.overfitting_signals import (
     CHEAP_RIVALS,
     COSTS,
+    POOLED_UPDATES,
     RIVALS,
     SIGNALS,
     UPDATE_SIGNALS,
@@ -58,7 +59,7 @@ SIGNED = (
     "update_share",
     "kernel_share",
     "derivative_share",
-    "pooled_share",
+    "pooled_update_share",
     "pooled_fgsm_pgd2_gap",
     "pooled_gradient_cosine",
     "validation_gap",
@@ -81,7 +82,7 @@ class Watch:
         name = self.signal.removeprefix("cheap/")
         if name in {*RIVALS, *CHEAP_RIVALS, *VALIDATION}:
             return "rival"
-        return "update" if name in {*UPDATE_SIGNALS, "pooled_share"} else "kernel"
+        return "update" if name in {*UPDATE_SIGNALS, *POOLED_UPDATES} else "kernel"
 
     @property
     def cheap(self) -> bool:
@@ -406,7 +407,7 @@ def watch_noise(watch: Watch, runs: Sequence[Seen]) -> dict[str, float]:
     rise before a collapse exceeds twice that. A pooled signal's is that of its looks, averaged."""
     name = watch.signal.removeprefix("cheap/pooled_")
     pooled = name != watch.signal
-    single = f"cheap/{'update_share' if name == 'share' else name}" if pooled else watch.signal
+    single = f"cheap/{name}" if pooled else watch.signal
     pairs = []
     for run in runs:
         first = dict(zip(run.epochs, run.signals, strict=True))
