@@ -32,11 +32,11 @@ def followed(
     """The answers to planted shares, of equal weight, at the steps ``first``, ``first`` + 10, ..."""
     planted = iter(shares)
 
-    def products(*_: object) -> tuple[float, float, float]:
+    def confidences(*_: object) -> tuple[float, float]:
         share = next(planted)
-        return (0.0, 0.0, 0.0) if share is None else (share * 2, 1.0, 2.0)
+        return (0.0, 0.0) if share is None else (2.0, share * 2)
 
-    monkeypatch.setattr(overfitting_alarm, "update_products", products)
+    monkeypatch.setattr(overfitting_alarm, "right_confidences", confidences)
     return [one.update(network(), first + 10 * number) for number in range(len(shares))]
 
 
@@ -53,9 +53,9 @@ def test_it_is_raised_while_three_looks_together_are_low(monkeypatch: pytest.Mon
     assert not one.raised
 
 
-def test_looks_weigh_by_what_pgd_would_buy(monkeypatch: pytest.MonkeyPatch) -> None:
-    products = iter([(1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.0, 1.0, 8.0)])
-    monkeypatch.setattr(overfitting_alarm, "update_products", lambda *_: next(products))
+def test_looks_weigh_by_what_fgsm_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    confidences = iter([(1.0, 1.0), (1.0, 1.0), (8.0, 0.0)])
+    monkeypatch.setattr(overfitting_alarm, "right_confidences", lambda *_: next(confidences))
     one = alarm()
     for step in range(3):
         one.update(network(), step)
@@ -67,7 +67,7 @@ def test_the_threshold_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert followed(monkeypatch, alarm(threshold=0.4), [0.3] * 3) == [False, False, True]
 
 
-def test_a_network_that_has_died_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_without_confidence_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     one = alarm()
     assert followed(monkeypatch, one, [0.1, 0.1, None, 0.1, None]) == [False, False, False, True, True]
     assert one.looks[2].share is None
@@ -97,22 +97,33 @@ def test_what_it_sees_is_the_share_and_the_model_stays() -> None:
     assert all(p.grad is None for p in model.parameters())
     for step in (1, 2):
         one.update(model, step)
-    assert one.cost == 10 * len(X)  # a third at each look
+    assert one.cost == 6 * len(X)  # a third at each look
 
     model.eval()
     attacks = tl.attacks.FGSM(0.1), tl.attacks.PGD(0.1, 0.05, 2, random_start=False)
-    inners, squares = [], []
+    sums = []
     for third in (slice(0, 2), slice(2, 4), slice(4, 6)):
-        gradients = []
-        for attack in attacks:
-            loss = nn.functional.cross_entropy(model(attack(model, X[third], Y[third])), Y[third])
-            parts = torch.autograd.grad(loss, list(model.parameters()))
-            gradients.append(torch.cat([part.flatten() for part in parts]).double())
-        inners.append(float(gradients[0] @ gradients[1]))
-        squares.append(float(gradients[1] @ gradients[1]))
-    shares = [inner / square for inner, square in zip(inners, squares, strict=True)]
-    assert [look.share for look in one.looks] == pytest.approx(shares, rel=1e-5)
-    assert one.looks[2].pooled == pytest.approx(sum(inners) / sum(squares), rel=1e-5)
+        crafted = [attack(model, X[third], Y[third]) for attack in attacks]
+        chances = [model(inputs).detach().double().softmax(1) for inputs in crafted]
+        sums.append([float(chance[range(2), Y[third]].sum()) for chance in chances])
+    assert [look.share for look in one.looks] == pytest.approx([two / once for once, two in sums], rel=1e-5)
+    once, two = map(sum, zip(*sums, strict=True))
+    assert one.looks[2].pooled == pytest.approx(two / once, rel=1e-5)
+
+
+def test_a_network_that_is_not_trained_is_seen_too() -> None:
+    model, frozen = network(), network().requires_grad_(False)
+    one, other = alarm(), alarm()
+    one.update(model, 0)
+    other.update(frozen, 0)
+    assert one.looks == other.looks
+
+
+def test_older_states_are_refused() -> None:
+    state = alarm().state_dict()
+    state["products"] = state.pop("confidences")
+    with pytest.raises(KeyError):
+        alarm().load_state_dict(state)
 
 
 class Restless(nn.Module):
@@ -174,13 +185,11 @@ def test_bad_input_is_named() -> None:
         tl.OverfittingAlarm((255 * X).to(torch.uint8), Y, eps=0.1)
     with pytest.raises(ConfigError, match="label 2"):
         tl.OverfittingAlarm(X, Y, eps=0.1).update(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 0)
-    one, frozen = alarm(), network()
+    one = alarm()
     with pytest.raises(ConfigError, match="eps=8"):
         one.update(network(), 10, eps=8)
     one.update(network(), 10)
     with pytest.raises(ConfigError, match="step=10 does not follow"):
         one.update(network(), 10)
-    for parameter in frozen.parameters():
-        parameter.requires_grad_(False)
-    with pytest.raises(KernelError, match="requires a gradient"):
-        one.update(frozen, 20)
+    with pytest.raises(KernelError, match="no parameters"):
+        one.update(nn.Flatten(), 20)

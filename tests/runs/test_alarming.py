@@ -19,7 +19,7 @@ from tangentlab.training import TrainingState, all_weights
 from tiny import TINY
 
 Make = Callable[..., RunConfig]
-LOOKS = ("--alarm.every=1", "--alarm.size=60")
+LOOKS = ("--alarm.every=1", "--alarm.size=60", "--alarm.threshold=0.6")
 
 
 class Said:
@@ -44,7 +44,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float]], None
 
     def plant(shares: Sequence[float]) -> None:
         left = iter(shares)
-        monkeypatch.setattr(overfitting_alarm, "update_products", lambda *_: (next(left), 1.0, 1.0))
+        monkeypatch.setattr(overfitting_alarm, "right_confidences", lambda *_: (1.0, next(left)))
 
     return plant
 
@@ -109,7 +109,7 @@ def test_while_it_is_raised_the_other_method_trains_and_all_is_counted(
     crafted = [1 + int(line["alarm/raised"]) for line in record.metrics if "alarm/raised" in line]
     for epoch in (1, 2, 3):
         assert costs[epoch]["input_backwards"] == pytest.approx(sum(crafted[: 3 * epoch]) / 3)
-    assert costs[3]["steering_cost"] == pytest.approx(9 * 10 * 20 / 120)
+    assert costs[3]["steering_cost"] == pytest.approx(9 * 6 * 20 / 120)
     spent = costs[3]["forwards"] + costs[3]["input_backwards"] + 2 * costs[3]["full_backwards"]
     assert costs[3]["cost"] == pytest.approx(spent + costs[3]["steering_cost"])
     assert record.status["steering_seconds"] > 0

@@ -60,7 +60,7 @@ def test_a_run_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(TIERS, 0, Tier("digits", words, (0.2, 0.3), 20, 5))
     runs = STUDY.runs(0, [3])
     found = {}
-    monkeypatch.setattr(overfitting_alarm, "update_products", lambda *_: (0.1, 1.0, 1.0))  # is raised
+    monkeypatch.setattr(overfitting_alarm, "right_confidences", lambda *_: (1.0, 0.1))  # is raised
     for arm in ("spectral", "zero_grad", "fgsm"):
         config = runs[f"{arm}-0.2-3"]
         if config.alarm.every:

@@ -9,15 +9,19 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 
+import tangentlab as tl
 from tangentlab.metrics import wilson_interval
+from tangentlab.probes.overfitting_alarm import COST, POOLED
 from tangentlab.report.values import value_figure
 from tangentlab.runs import train
+from tangentlab.runs.build import build_data, build_model
 from tangentlab.studies import overfitting, overfitting_signals
 from tangentlab.studies import overfitting_claims as judging
 from tangentlab.studies.claims import Verdict
 from tangentlab.studies.overfitting import STUDY, TIERS, Tier
-from tangentlab.studies.overfitting_signals import COSTS, SIGNALS
+from tangentlab.studies.overfitting_signals import BUDGET, COSTS, SIGNALS
 from tangentlab.studies.overfitting_watches import (
     UPDATE_SHARES,
     Chosen,
@@ -133,6 +137,23 @@ def planted(collapse: float | None, seed: int, number: int, **changed: Any) -> l
 
 
 SEEDS = range(3, 13)
+
+
+def test_the_pooled_confidence_share_is_the_shipped_alarms() -> None:
+    config = STUDY.runs(0, [1])["fgsm-0.24-1"]
+    examples = build_data(config)
+    x, y = overfitting.probed(examples, config)[0]
+    model = build_model(config, examples, torch.device("cpu"))  # in training mode
+    assert all(module.training for module in model.modules())
+    n = POOLED * (BUDGET // COST)
+    pooled, alarm = overfitting_signals.PooledSignals(x, y), tl.OverfittingAlarm(x[:n], y[:n], eps=0.24)
+    for step in range(2 * POOLED):
+        alarm.update(model, step)
+        found = pooled.look(model, config).get("cheap/pooled_confidence_share")
+        assert found == (None if step < POOLED - 1 else pytest.approx(alarm.looks[-1].pooled))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
 
 
 @pytest.fixture
@@ -278,6 +299,7 @@ def test_fates() -> None:
     assert of(0.1, 0.4, 0.3, 0.25, 0.25, 0.25) == ("neither", None)  # it decays
     assert of(0.1, 0.4, 0.3, 0.21, 0.4, 0.4) == ("quiet", None)
     assert of(0.1, 0.14, 0.0, 0.0, 0.0) == ("unlearned", None)
+    assert of(0.1, 0.16, 0.0, 0.0, 0.0) == ("unlearned", None)  # once, by chance
 
 
 def test_the_factors_about_a_collapse_are_derived(values: list[Line]) -> None:

@@ -147,10 +147,10 @@ def right_confidences(model: nn.Module, one_step: Tensor, several: Tensor, y: Te
     """Σ_i softmax(f(x_i))_{y_i} over ``one_step`` [n, ...] and over ``several`` [n, ...], in float64: the
     expected number that a label drawn by the network's softmax gets right. Two passes an example."""
     with modes.evaluation(model), torch.no_grad():
-        of_one, of_several = (
-            float(cross_entropies(model(x).double(), y=y).neg().exp().sum()) for x in (one_step, several)
-        )
-    return of_one, of_several
+        logits = model(torch.cat([one_step, several])).double()
+        right = cross_entropies(logits, y=torch.cat([y, y])).neg().exp()
+    of_one, of_several = right.split(len(y))
+    return float(of_one.sum()), float(of_several.sum())
 
 
 def update_signals(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> dict[str, float]:

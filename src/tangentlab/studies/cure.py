@@ -1,9 +1,10 @@
 """Catastrophic overfitting prevented: single-step training that the alarm turns to two steps, and its rivals.
 
 Asked: arXiv 2312.02236 cures the collapse of single-step training by the kernel's spectrum. Here the alarm
-(tangentlab.OverfittingAlarm) watches what of a PGD update an FGSM step still makes, and while it is raised
-training takes something else: two steps, also from the weights before the alarm; more noise (N-FGSM); a
-smaller step; GradAlign's penalty; a penalty on what the alarm watches (update_align). Against the
+(tangentlab.OverfittingAlarm) watches what PGD in two steps leaves of the confidence under FGSM, and while it
+is raised training takes something else: two steps, also from the weights before the alarm; more noise
+(N-FGSM); a smaller step; GradAlign's penalty; a penalty that keeps FGSM's updates useful against PGD
+(update_align), on the kernel between the two inputs. Against the
 single-step methods that are said not to collapse; PGD in two steps throughout, which costs 1.4 times as much
 as FGSM; two steps from a fixed epoch on; and two steps once PGD accuracy on held-out examples fell (Li et al.
 2020, arXiv 2006.03089). The shipped method starts from FGSM-RS; FGSM with the same alarm says what the alarm

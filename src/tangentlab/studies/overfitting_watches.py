@@ -45,7 +45,9 @@ BEFORE = 8  # looks whose median a change is told from; four at least
 FALSE_ALARMS = 0.05
 THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(2, 20))  # that the shipped alarm is tried at
 JUDGED = ("collapsed", "quiet")  # fates
-LEARNED = 0.15  # robust accuracy, of ten classes
+# Robust accuracy of ten classes; what one look of few points says may be chance.
+LEARNED = 0.15  # in the median of three looks
+LEARNED_ONCE = 0.2
 DATED_EPOCHS = 0.5  # below half of its best, from which a collapse is dated and a run not quiet
 KEPT = 2 / 3  # of its best, with which a quiet run ends
 UPDATE_SHARES = ("update_share", "kernel_share", "derivative_share")
@@ -238,7 +240,8 @@ def fate(run: Values) -> tuple[str, float | None]:
     """collapsed, and when; quiet; neither; or unlearned, of a run's line."""
     robust = run["robust_accuracy"]
     best = max(robust[1:])
-    if best < LEARNED:
+    steadily = max(map(median, zip(*(robust[k:] for k in range(SMOOTHED)), strict=False)), default=0.0)
+    if best < LEARNED_ONCE and steadily < LEARNED:
         return "unlearned", None
     if falls(run, lasting=metrics.LASTING_EPOCHS) is not None:
         dated = falls(run, lasting=DATED_EPOCHS)

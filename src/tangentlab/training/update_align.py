@@ -1,6 +1,6 @@
 """Update alignment: single-step training whose updates are kept useful against several steps.
 
-Of this project: the penalty is on what tangentlab.OverfittingAlarm watches.
+Of this project: the penalty is on the update cosine of tangentlab.probes.update_signals.
 """
 
 from __future__ import annotations

@@ -10,15 +10,15 @@ from tangentlab.report.subject import Subject
 
 
 def alarm(runs: Sequence[Subject]) -> Figure:
-    """A panel a run: the update share and the threshold; shaded while the alarm is raised."""
+    """A panel a run: the confidence share and the threshold; shaded while the alarm is raised."""
     watched = [run for run in runs if _answers(run)]
     return Figure(
         key="alarm",
         title="The alarm",
-        caption="Of the fall of PGD's loss that a small step of PGD training buys, what a step on FGSM "
-        "inputs does: every look, each at other examples, and the last three together, against the "
-        "threshold. Shaded while the alarm is raised. Marks: where it first spoke, and where robust accuracy "
-        "fell (catastrophic overfitting).",
+        caption="Of the network's confidence in the right classes under FGSM, what PGD in two steps leaves: "
+        "every look, each at other examples, and the last three together, against the threshold. Shaded "
+        "while the alarm is raised. Marks: where it first spoke, and where robust accuracy fell, a "
+        "catastrophic overfitting.",
         finding=conclude(
             "the alarm speaking before robust accuracy falls, and staying silent where it does not",
             [(run, _sentence(run)) for run in watched],
@@ -49,7 +49,7 @@ def _panel(run: Subject) -> LinePanel:
     return LinePanel(
         title=run.label,
         x_axis=time_axis(run.axis),
-        y_axis=Axis("update share"),
+        y_axis=Axis("confidence share"),
         lines=tuple(
             Line(name, curve.x, curve.y, run.place, style)  # type: ignore[arg-type]
             for name, curve, style in curves
