@@ -1,23 +1,20 @@
 """What an alarm of catastrophic overfitting may look at, look by look: to choose its signal and threshold by.
 
-    python benchmarks/alarm_looks.py results/overfitting/looks-tier1.json --tier 1 [--jobs 2]
+    python benchmarks/alarm_looks.py runs/looks-tier1 results/overfitting/looks-tier1.json --tier 1
 
 The single-step runs of the study of overfitting on the seeds that no verdict rests on, N-FGSM's among them,
 which is said not to collapse. At every step at which the shipped alarm would look, its signal and the others
 that are pooled of three looks are taken, each for as many passes as tangentlab.studies.overfitting_signals
-allows. The runs are written to a temporary folder, or to one that is given, whose finished runs are not run
-again. The JSON file keeps their looks and what became of them; what each signal tells apart at best; and of
-the shipped one by threshold, before which share of the collapses it would have spoken, and in which share of
-the quiet runs for nothing.
+allows. Runs that the folder has finished are not run again. The JSON file keeps their looks and what became
+of them; what each signal tells apart at best; and of the shipped one by threshold, before which share of the
+collapses it would have spoken, and in which share of the quiet runs for nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,21 +45,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("runs", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tier", type=int, default=1, choices=overfitting.TIERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=TUNING_SEEDS, choices=TUNING_SEEDS)
-    parser.add_argument("--runs", type=Path, help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     # Once, before the file that it goes to is touched: the commit would look changed.
     machine, rows = environment(), []
     for seed in options.seeds:
-        kept = tempfile.TemporaryDirectory() if options.runs is None else nullcontext(options.runs)
-        with kept as folder, ProgressDisplay() as display:
-            runs = {Path(folder) / key: config for key, config in watched(options.tier, seed).items()}
+        runs = {options.runs / key: config for key, config in watched(options.tier, seed).items()}
+        with ProgressDisplay() as display:
             check_outcomes(train_many(runs, jobs=options.jobs, display=display))
-            rows += [row(path, config) for path, config in runs.items()]
+        rows += [row(path, config) for path, config in runs.items()]
         runs_seen = seen_runs([line for one in rows for line in lines(one)])
         found = {
             "environment": machine,

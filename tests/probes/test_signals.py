@@ -12,7 +12,14 @@ from torch import Tensor, nn
 import tangentlab as tl
 from tangentlab.attacks import FGSM, PGD, NaNGradientError
 from tangentlab.errors import ConfigError, KernelError
-from tangentlab.probes import SignedSum, linearity_signals, one_and_two_steps, update_signals
+from tangentlab.probes import (
+    SignedSum,
+    linearity_signals,
+    one_and_two_steps,
+    right_confidences,
+    update_products,
+    update_signals,
+)
 
 EPS = 0.1
 NAMES = {
@@ -179,6 +186,43 @@ def test_the_update_share_is_what_a_small_step_does() -> None:
 
     share = update_signals(model, one, several, y)["update_share"]
     assert share == pytest.approx(fall(one) / fall(several), rel=1e-3)
+
+
+def test_the_gap_gathers_at_the_rate_of_the_update_share() -> None:
+    """By ‖g_F‖² − ⟨g_F, g_P⟩ a step along −g_F, times its size; here from the share and the cosine."""
+    model, x = small().eval(), points(12)[0]
+    y = torch.arange(12) % 3
+    one, several = (x + 0.1).clamp(0, 1), (x - 0.2).clamp(0, 1)
+    stepped, size = copy.deepcopy(model), 1e-5
+    nn.functional.cross_entropy(stepped(one), y).backward()
+    with torch.no_grad():
+        for parameter in stepped.parameters():
+            parameter -= size * parameter.grad
+
+    def gap(network: nn.Module) -> float:
+        with torch.no_grad():
+            of_one, of_several = (nn.functional.cross_entropy(network(z), y) for z in (one, several))
+        return float(of_several - of_one)
+
+    inner, of_several = update_products(model, one, several, y)
+    signals = update_signals(model, one, several, y)
+    assert inner / of_several == pytest.approx(signals["update_share"], rel=1e-12)
+    of_one = (inner / signals["update_cosine"]) ** 2 / of_several
+    assert gap(stepped) - gap(model) == pytest.approx(size * (of_one - inner), rel=1e-3)
+
+
+def test_the_confidence_share_is_a_mean_over_examples() -> None:
+    model, x = small(), points(12)[0]
+    y = torch.arange(12) % 3
+    one, several = (x + 0.1).clamp(0, 1), (x - 0.2).clamp(0, 1)
+    of_one, of_several = right_confidences(model, one, several, y)
+    assert model.training
+    model.eval()
+    losses = [nn.functional.cross_entropy(model(z), y, reduction="none") for z in (one, several)]
+    weights = (-losses[0]).exp() / of_one
+    assert float(weights.sum()) == pytest.approx(1, rel=1e-12)
+    share = (weights * (losses[0] - losses[1]).exp()).sum()
+    assert of_several / of_one == pytest.approx(float(share), rel=1e-12)
 
 
 def test_the_update_share_leaves_no_trace() -> None:
