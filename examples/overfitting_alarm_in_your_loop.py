@@ -35,7 +35,7 @@ def train(*, heed: bool) -> tuple[nn.Module, nn.Module, tl.OverfittingAlarm, int
     """The network, the one before the first alarm, the alarm, and how many steps took two gradients."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    alarm = tl.OverfittingAlarm(x[:60], y[:60], eps=eps, threshold=0.85)  # 1
+    alarm = tl.OverfittingAlarm(x[:60], y[:60], eps=eps)  # 1
     kept, crafted_twice = model, 0
     for step in range(1400):
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 1400)

@@ -179,7 +179,7 @@ class AlarmConfig:
         every: steps between looks, for a collapse takes steps and not epochs; none for no alarm. Of the
             switch's rule alarm 25.
         size: class-balanced training examples; each look takes a third of them.
-        threshold: raised while the confidence share lies below it, in (0, 1). Of the rule alarm 0.75.
+        threshold: raised while the confidence share lies below it, in (0, 1). Of the rule alarm 0.9.
         restore: whenever it is raised, go back to the weights of the last look at which it was not; momentum
             begins at zero.
     """

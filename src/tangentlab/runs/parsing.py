@@ -31,7 +31,7 @@ CHOSEN = ("model", "method", "switch.to")
 NAMED_SWITCHES = {"lazy": ("pgd", "kernel"), "spectral": ("fgsm_rs", "alarm")}
 SWITCHED_TO = {"fixed": "atta", "kernel": "atta", "alarm": "pgd"}
 # Of the alarm, where the rule alarm leaves them open: to steer it is raised earlier than to warn.
-STEERING_ALARM = {"every": 25, "threshold": 0.75}
+STEERING_ALARM = {"every": 25, "threshold": 0.9}
 ALARM_STEPS = 2  # of PGD, while the alarm is raised
 # What a model's constructor is given by the data set and not by the configuration.
 FROM_DATA = {"input_shape", "num_classes"}
