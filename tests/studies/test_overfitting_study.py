@@ -196,6 +196,7 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
         "deployed": "supported",
         "deployed-false-alarms": "supported",
         "deployed-controls": "supported",
+        "deployed-earlier": "refuted",  # than the share of updates, which parts two epochs before it
         "time": "supported",
         "spectrum": "inconclusive",  # it does not rise above its noise: nothing is chosen
         "kernel-part": "supported",
@@ -205,6 +206,7 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
     assert found["deployed-false-alarms"].interval == pytest.approx(wilson_interval(0, 90))
     assert found["deployed-controls"].interval == pytest.approx(wilson_interval(0, 80))
     assert found["earlier"].effect == pytest.approx(45)
+    assert found["deployed-earlier"].effect == pytest.approx(-20)
     assert found["time"].effect == pytest.approx(0.02)
     assert found["spectrum"].values == {}
 
@@ -221,6 +223,19 @@ def test_the_shipped_alarm_is_judged_by_when_it_spoke_itself(values: list[Line])
     assert found[judging.DEPLOYED_QUIET].effect == pytest.approx(0.5 / 9)
     assert found[judging.DEPLOYED_CONTROLS].effect == 0
     assert found[judging.IN_TIME].effect == 1
+
+
+def test_the_shipped_alarms_own_signal_is_no_rival_of_it(values: list[Line]) -> None:
+    signal = "cheap/pooled_confidence_share"
+    early = [
+        {**line, signal: 0.9 if line["run"].startswith("pgd") or line["epoch"] < 22 else 0.2}
+        if line["what"] != "run"
+        else line
+        for line in values
+    ]
+    assert any(one.watch.signal == signal for one in choose(seen_runs(early)))
+    found = {v.claim: v for v in STUDY.judge(early, "here")}
+    assert found[judging.DEPLOYED_EARLIER].effect == pytest.approx(-20)
 
 
 def test_the_shipped_alarm_at_other_thresholds(values: list[Line]) -> None:

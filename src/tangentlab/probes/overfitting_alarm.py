@@ -16,8 +16,8 @@ from tangentlab.probes.signals import one_and_two_steps, right_confidences
 
 COST = 4 + 2  # passes an example: FGSM and PGD in two steps, and a forward pass on either
 POOLED = 3  # looks that are pooled, each at another part of the examples
-# Of 0.1, 0.15, ... the largest share of collapses spoken before, less that of quiet runs spoken in, on digits,
-# Fashion-MNIST and CIFAR-10 together: benchmarks/alarm_looks.py.
+# Of 0.1, 0.15, ... the largest share of collapses spoken before, less that of quiet runs spoken in, on
+# digits, Fashion-MNIST and CIFAR-10 together: benchmarks/alarm_looks.py.
 THRESHOLD = 0.85
 
 

@@ -8,8 +8,8 @@ from statistics import fmean
 from tangentlab.probes.overfitting_alarm import THRESHOLD
 from tangentlab.runs.parsing import STEERING_ALARM
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, judge_share
-from tangentlab.studies.overfitting_signals import BUDGET
-from tangentlab.studies.overfitting_watches import SINGLE_STEP, Chosen, folds
+from tangentlab.studies.overfitting_signals import ALARM_SIGNAL, BUDGET
+from tangentlab.studies.overfitting_watches import SINGLE_STEP, Chosen, Seen, folds
 from tangentlab.studies.study import Values
 
 LOOK_EVERY = STEERING_ALARM["every"]  # steps: an alarm that only watches looks as one that steers
@@ -77,6 +77,13 @@ DEPLOYED_CONTROLS = Claim(
     0.05,
     above=False,
 )
+DEPLOYED_EARLIER = Claim(
+    "overfitting/deployed-earlier",
+    f"The alarm as it is shipped speaks earlier than the best other signal of {BUDGET} passes a look, the "
+    "kernel's or a rival's, chosen on other seeds.",
+    "difference of the mean leads, steps; silence is a lead of 0",
+    0.0,
+)
 SPECTRUM_ALONE = Claim(
     "overfitting/spectrum",
     "The spectrum of the kernel on clean inputs is enough: its best signal speaks in time in more than half "
@@ -111,11 +118,12 @@ CLAIMS = (
     DEPLOYED,
     DEPLOYED_QUIET,
     DEPLOYED_CONTROLS,
+    DEPLOYED_EARLIER,
     TIME,
     SPECTRUM_ALONE,
     KERNEL_PART,
 )
-SHARES = set(CLAIMS) - {EARLIER, CHEAP_EARLIER, TIME, KERNEL_PART}
+SHARES = set(CLAIMS) - {EARLIER, CHEAP_EARLIER, DEPLOYED_EARLIER, TIME, KERNEL_PART}
 
 
 def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
@@ -133,16 +141,16 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
             if kernel is not None:
                 outcomes[in_time][seed] = [run.lead(kernel) > 0 for run in collapsing]
                 outcomes[silent][seed] = [run.exceeds(kernel) for run in quiet]
-            if collapsing and order:  # a family of which no signal is chosen says nothing
-                ours, theirs = (
-                    fmean(run.lead(one) if one else 0.0 for run in collapsing) for one in (kernel, rival)
-                )
-                effects[earlier][seed] = ours - theirs
+            if collapsing and order:
+                effects[earlier][seed] = _lead(kernel, collapsing) - _lead(rival, collapsing)
         clean = next((one for one in order if one.watch.signal.startswith("clean/")), None)
         if clean is not None:
             outcomes[SPECTRUM_ALONE][seed] = [run.lead(clean) > 0 for run in collapsing]
-        warned = [run.steps_until(run.collapse, run.warned(THRESHOLD)) > 0 for run in collapsing]
-        outcomes[DEPLOYED][seed] = warned
+        leads = [run.steps_until(run.collapse, run.warned(THRESHOLD)) for run in collapsing]
+        outcomes[DEPLOYED][seed] = [lead > 0 for lead in leads]
+        if collapsing and order:
+            others = (one for one in order if one.watch.cheap and not one.watch.signal.endswith(ALARM_SIGNAL))
+            effects[DEPLOYED_EARLIER][seed] = fmean(leads) - _lead(next(others, None), collapsing)
         outcomes[DEPLOYED_QUIET][seed] = [run.raised(THRESHOLD) for run in quiet]
         controls = [run for run in quiet if run.method not in SINGLE_STEP]
         outcomes[DEPLOYED_CONTROLS][seed] = [run.raised(THRESHOLD) for run in controls]
@@ -160,6 +168,11 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
 def _best(order: Sequence[Chosen], families: Sequence[str], *, cheap: bool) -> Chosen | None:
     found = (one for one in order if one.watch.family in families)
     return next((one for one in found if one.watch.cheap or not cheap), None)
+
+
+def _lead(one: Chosen | None, collapsing: Sequence[Seen]) -> float:
+    """Its mean lead; of a family of which no signal is chosen 0, for it says nothing."""
+    return fmean(run.lead(one) for run in collapsing) if one else 0.0
 
 
 def _alarm_time(values: Sequence[Values]) -> dict[int, float]:

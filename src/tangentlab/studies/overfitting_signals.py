@@ -50,10 +50,11 @@ KINDS = ("class", "trace")
 EIGENVALUES = ("first_eigenvalue", "second_eigenvalue", "third_eigenvalue")
 COUNTS = ("entropy_rank", "participation_ratio", "intrinsic_dimension", "top_mass")
 SPECTRUM = (*COUNTS, *EIGENVALUES)
+ALARM_SIGNAL = "confidence_share"
 RIVALS = (
     "fgsm_pgd_gap",
     "loss_ratio",
-    "confidence_share",
+    ALARM_SIGNAL,
     "gradient_cosine",
     "linearity_error",
     "gradient_norm",
@@ -74,7 +75,7 @@ CHEAP_PAIRS = {
     f"{a}~{b}": max(CRAFTING[a], CRAFTING[b]) + 2 * GRADIENT
     for a, b in (("clean", "noise"), ("clean", "fgsm"), ("noise", "fgsm"), ("clean", "pgd"), ("fgsm", "pgd"))
 }
-ALARM_SHARE = "pooled_confidence_share"
+ALARM_SHARE = f"pooled_{ALARM_SIGNAL}"
 POOLED_UPDATES = {"pooled_update_share": CHEAP_PAIRS["fgsm~pgd"]}
 POOLED_RIVALS = {
     ALARM_SHARE: ALARM_COST,
@@ -89,7 +90,7 @@ CHEAP_RIVALS = {
     "fgsm_pgd_gap": 24,
     "fgsm_pgd2_gap": 8,
     "loss_ratio": ALARM_COST,
-    "confidence_share": ALARM_COST,
+    ALARM_SIGNAL: ALARM_COST,
     "gradient_cosine": 4,
     "linearity_error": 3,
     "gradient_norm": 2,
@@ -226,7 +227,7 @@ def _losses(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> t
 def _confidence_share(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> dict[str, float]:
     """The alarm's, of these; none where FGSM leaves no confidence."""
     of_one, of_several = right_confidences(model, one_step, several, y)
-    return {"confidence_share": of_several / of_one} if of_one else {}
+    return {ALARM_SIGNAL: of_several / of_one} if of_one else {}
 
 
 def _of_cheap_kernels(model: nn.Module, points: Mapping[str, Tensor], config: RunConfig) -> dict[str, float]:
