@@ -49,13 +49,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tier", type=int, default=1, choices=overfitting.TIERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=TUNING_SEEDS, choices=TUNING_SEEDS)
+    parser.add_argument("--methods", nargs="+", default=ONE_STEP, choices=ONE_STEP)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     # Once, before the file that it goes to is touched: the commit would look changed.
     machine, rows = environment(), []
     for seed in options.seeds:
-        runs = {options.runs / key: config for key, config in watched(options.tier, seed).items()}
+        configs = watched(options.tier, seed, options.methods)
+        runs = {options.runs / key: config for key, config in configs.items()}
         with ProgressDisplay() as display:
             check_outcomes(train_many(runs, jobs=options.jobs, display=display))
         rows += [row(path, config) for path, config in runs.items()]
@@ -71,12 +73,12 @@ def main() -> None:
         print(json.dumps(line))
 
 
-def watched(tier: int, seed: int) -> dict[str, RunConfig]:
+def watched(tier: int, seed: int, methods: Sequence[str]) -> dict[str, RunConfig]:
     """The study's runs, with a checkpoint wherever the alarm would look."""
     configs = {
         key: config
         for key, config in overfitting.runs(tier, [seed]).items()
-        if config.method["name"] in ONE_STEP
+        if config.method["name"] in methods
     }
     one = next(iter(configs.values()))
     every = LOOK_EVERY * one.training.epochs / total_steps(one, build_data(one))  # epochs
