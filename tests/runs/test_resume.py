@@ -59,7 +59,7 @@ def config(tiny_config: Make) -> RunConfig:
     back, what methods keep."""
     switch = "rule=kernel every=0.34 size=10 threshold=0.9 resume=1.2 patience=1 held_out=20 max_fall=0.5"
     words = [f"--switch.{word}" for word in switch.split()]
-    words += [f"--alarm.{word}" for word in ["every=2", "size=10", "threshold=0.995", "restore=true"]]
+    words += [f"--alarm.{word}" for word in ["every=2", "size=10", "threshold=0.999", "restore=true"]]
     return tiny_config("--probe.every=0.34", "--evaluation.every=0.67", *words)
 
 
