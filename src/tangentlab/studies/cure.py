@@ -54,9 +54,6 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
         if checkpoint_path(folder, checkpoint).exists():
             (line,) = evaluate(folder, attacks=("apgd",), checkpoints=(checkpoint,), test_size=tier.points)
             others |= {f"{name}_accuracy": line["accuracy"], f"{name}_epoch": line["epoch"]}
-    epochs, robust = record.series("robust_accuracy")
-    along = {"epochs": epochs, "robust_accuracy": robust, "fgsm_accuracy": record.series("fgsm_accuracy")[1]}
-    became, collapse = fate(along)
     yield {
         "arm": arm,
         "kind": kind(arm),
@@ -65,16 +62,21 @@ def measure(folder: Path, config: RunConfig) -> Iterator[Values]:
         "clean_accuracy": judged_by.pop("none")["accuracy"],
         **{f"{name}_accuracy": line["accuracy"] for name, line in judged_by.items()},
         **{f"{name}_n": line["n"] for name, line in judged_by.items()},
-        **along,
-        "best_validation_accuracy": max(robust[1:]),
-        "fate": became,
-        "collapse": collapse,
+        **course(record),
         **others,
         "cost": record.status["cost"],
         "steering_cost": record.status.get("steering_cost", 0.0),
         **{name: record.status[name] for name in ("train_seconds", "steering_seconds")},
         **_raised(record),
     }
+
+
+def course(record: RunRecord) -> Values:
+    """The run's accuracies on the validation split, and what became of it."""
+    epochs, robust = record.series("robust_accuracy")
+    along = {"epochs": epochs, "robust_accuracy": robust, "fgsm_accuracy": record.series("fgsm_accuracy")[1]}
+    became, collapse = fate(along)
+    return {**along, "best_validation_accuracy": max(robust[1:]), "fate": became, "collapse": collapse}
 
 
 def _raised(record: RunRecord) -> dict[str, float]:
