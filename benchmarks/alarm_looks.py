@@ -111,7 +111,8 @@ def lines(one: Row) -> Iterator[Row]:
         {name: value for name, value in zip(one["looks"], values, strict=True) if value is not None}
         for values in zip(*one["looks"].values(), strict=True)
     ]
-    alarm = [(look["epoch"], share) for look in looks if (share := look.get(f"cheap/{ALARM_SHARE}"))]
+    shares = ((look["epoch"], look.get(f"cheap/{ALARM_SHARE}")) for look in looks)
+    alarm = [(epoch, share) for epoch, share in shares if share is not None]
     yield {
         **one,
         "alarm_epochs": [epoch for epoch, _ in alarm],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from tangentlab.errors import ConfigError
-from tangentlab.metrics import mean_interval, wilson_interval
+from tangentlab.metrics import clustered_wilson_interval, mean_interval, wilson_interval
 
 
 def test_published_values() -> None:
@@ -47,6 +48,44 @@ def test_coverage_of_ninety_five_percent() -> None:
         w for k, w in enumerate(pmf) if wilson_interval(k, n).low <= p <= wilson_interval(k, n).high
     )
     assert 0.94 < covered < 0.96
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=60))
+def test_clusters_of_one_trial_are_independent_trials(trials: list[bool]) -> None:
+    found = clustered_wilson_interval([[trial] for trial in trials])
+    assert found == wilson_interval(sum(trials), len(trials))
+
+
+def test_clusters_that_agree_within_count_as_one_trial_each() -> None:
+    clusters = [[True] * 7] * 300 + [[False] * 7] * 100
+    # But for n − 1 of 2,800 trials and of 400, and Student's quantile.
+    assert clustered_wilson_interval(clusters) == pytest.approx(wilson_interval(300, 400), abs=5e-4)
+    assert clustered_wilson_interval([[True, False, False]] * 10) == wilson_interval(10, 30)
+    assert clustered_wilson_interval([[True] * 4] * 5) == wilson_interval(20, 20)
+
+
+@pytest.mark.parametrize("seeds", [5, 30])
+def test_clusters_are_covered_where_independent_trials_would_not_be(seeds: int) -> None:
+    random = np.random.default_rng(0)
+    covered = {"clustered": 0, "independent": 0}
+    for _ in range(1000):
+        rates = random.beta(1.5, 0.5, size=seeds)
+        clusters = [(random.random(8) < rate).tolist() for rate in rates]
+        own = clustered_wilson_interval(clusters)
+        independent = wilson_interval(sum(map(sum, clusters)), 8 * seeds)
+        covered["clustered"] += own.low <= 0.75 <= own.high
+        covered["independent"] += independent.low <= 0.75 <= independent.high
+    assert 900 < covered["clustered"] < 970
+    assert covered["independent"] < 760
+
+
+def test_refusals_of_clusters() -> None:
+    with pytest.raises(ConfigError, match="m=1 clusters"):
+        clustered_wilson_interval([[True, False]])
+    with pytest.raises(ConfigError, match="no trial"):
+        clustered_wilson_interval([[True], []])
+    with pytest.raises(ConfigError, match="confidence=2"):
+        clustered_wilson_interval([[True], [False]], 2)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_what_it_sees_is_the_share_and_the_model_stays() -> None:
     assert all(p.grad is None for p in model.parameters())
     for step in (1, 2):
         one.update(model, step)
-    assert one.cost == 6 * len(X)  # a third at each look
+    assert one.cost == 6 * len(X) + 3  # a third at each look, and a pass that checks the model
 
     model.eval()
     attacks = tl.attacks.FGSM(0.1), tl.attacks.PGD(0.1, 0.05, 2, random_start=False)
@@ -124,6 +124,32 @@ def test_older_states_are_refused() -> None:
     state["products"] = state.pop("confidences")
     with pytest.raises(KeyError):
         alarm().load_state_dict(state)
+
+
+class Broken(nn.Module):
+    """Its logits are NaN where no gradient is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.inner(x)
+        return logits if torch.is_grad_enabled() else logits * torch.nan
+
+
+def test_nan_is_refused_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = alarm(threshold=0.5)
+    with monkeypatch.context() as planting:
+        followed(planting, one, [0.1] * 3)
+    state = one.state_dict()
+    assert one.raised
+    for model in (Broken(), network()):
+        if isinstance(model, nn.Sequential):
+            nn.init.constant_(model[1].weight, torch.nan)
+        with pytest.raises(tl.attacks.NaNGradientError, match="2 of 2|4 of 4"):
+            one.update(model, 100)
+        assert all(torch.equal(one.state_dict()[name], value) for name, value in state.items())
 
 
 class Restless(nn.Module):

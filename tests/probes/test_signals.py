@@ -188,8 +188,8 @@ def test_the_update_share_is_what_a_small_step_does() -> None:
     assert share == pytest.approx(fall(one) / fall(several), rel=1e-3)
 
 
-def test_the_gap_gathers_at_the_rate_of_the_update_share() -> None:
-    """By ‖g_F‖² − ⟨g_F, g_P⟩ a step along −g_F, times its size; here from the share and the cosine."""
+def test_a_step_widens_the_gap_by_what_it_does_not_do_on_the_other_inputs() -> None:
+    """A step along −g_F by ‖g_F‖² − ⟨g_F, g_P⟩ times its size; here from the share and the cosine."""
     model, x = small().eval(), points(12)[0]
     y = torch.arange(12) % 3
     one, several = (x + 0.1).clamp(0, 1), (x - 0.2).clamp(0, 1)
@@ -218,7 +218,8 @@ def test_the_confidence_share_is_a_mean_over_examples() -> None:
     of_one, of_several = right_confidences(model, one, several, y)
     assert model.training
     model.eval()
-    losses = [nn.functional.cross_entropy(model(z), y, reduction="none") for z in (one, several)]
+    with torch.no_grad():
+        losses = [nn.functional.cross_entropy(model(z), y, reduction="none") for z in (one, several)]
     weights = (-losses[0]).exp() / of_one
     assert float(weights.sum()) == pytest.approx(1, rel=1e-12)
     share = (weights * (losses[0] - losses[1]).exp()).sum()

@@ -109,7 +109,7 @@ def test_while_it_is_raised_the_other_method_trains_and_all_is_counted(
     crafted = [1 + int(line["alarm/raised"]) for line in record.metrics if "alarm/raised" in line]
     for epoch in (1, 2, 3):
         assert costs[epoch]["input_backwards"] == pytest.approx(sum(crafted[: 3 * epoch]) / 3)
-    assert costs[3]["steering_cost"] == pytest.approx(9 * 6 * 20 / 120)
+    assert costs[3]["steering_cost"] == pytest.approx(9 * (6 * 20 + 1) / 120)
     spent = costs[3]["forwards"] + costs[3]["input_backwards"] + 2 * costs[3]["full_backwards"]
     assert costs[3]["cost"] == pytest.approx(spent + costs[3]["steering_cost"])
     assert record.status["steering_seconds"] > 0

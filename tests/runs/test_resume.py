@@ -93,6 +93,23 @@ def test_killed_at_any_file_operation(config: RunConfig, whole: dict[str, Any], 
         assert not list(folder.rglob("*.part"))
 
 
+def test_a_run_that_the_alarm_steers_goes_on_where_it_was(tiny_config: Make, tmp_path: Path) -> None:
+    # To what is cheaper, here; the looks come to lie on either side of so high a threshold.
+    words = ["--switch.rule=alarm", "--switch.to=fgsm", "--alarm.every=1", "--alarm.size=10"]
+    config = tiny_config(*words, "--alarm.threshold=0.999", "--evaluation.every=0.67")
+    counter = killed.context.Value("i", 0)
+    assert killed.run(config, tmp_path / "whole", counter=counter) == 0
+    whole = contents(tmp_path / "whole")
+    raised = [line["alarm/raised"] for line in whole["metrics"] if "alarm/raised" in line]
+    assert {True, False} == set(raised)
+    draws = random.Random(22)
+    for moment in draws.sample(range(4, counter.value), 4):
+        folder = tmp_path / f"run{moment}"
+        assert killed.run(config, folder, operation=moment) == -signal.SIGKILL
+        assert killed.run(config, folder) == 0
+        assert contents(folder) == whole, f"killed at operation {moment}"
+
+
 def test_killed_at_random_times(config: RunConfig, whole: dict[str, Any], tmp_path: Path) -> None:
     killed.run(config, tmp_path / "first")  # starts the server of the children, whose time is not a run's
     started = time.perf_counter()

@@ -196,7 +196,8 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
         "deployed": "supported",
         "deployed-false-alarms": "supported",
         "deployed-controls": "supported",
-        "deployed-earlier": "refuted",  # than the share of updates, which parts two epochs before it
+        "deployed-one-step": "inconclusive",  # of ten runs
+        "alarm-signal": "refuted",  # it says nothing here, and others do
         "time": "supported",
         "spectrum": "inconclusive",  # it does not rise above its noise: nothing is chosen
         "kernel-part": "supported",
@@ -206,7 +207,8 @@ def test_verdicts_on_planted_values(values: list[Line]) -> None:
     assert found["deployed-false-alarms"].interval == pytest.approx(wilson_interval(0, 90))
     assert found["deployed-controls"].interval == pytest.approx(wilson_interval(0, 80))
     assert found["earlier"].effect == pytest.approx(45)
-    assert found["deployed-earlier"].effect == pytest.approx(-20)
+    assert found["deployed-one-step"].interval == pytest.approx(wilson_interval(0, 10))
+    assert found["alarm-signal"].effect == pytest.approx(-45)
     assert found["time"].effect == pytest.approx(0.02)
     assert found["spectrum"].values == {}
 
@@ -225,17 +227,16 @@ def test_the_shipped_alarm_is_judged_by_when_it_spoke_itself(values: list[Line])
     assert found[judging.IN_TIME].effect == 1
 
 
-def test_the_shipped_alarms_own_signal_is_no_rival_of_it(values: list[Line]) -> None:
-    signal = "cheap/pooled_confidence_share"
-    early = [
-        {**line, signal: 0.9 if line["run"].startswith("pgd") or line["epoch"] < 22 else 0.2}
-        if line["what"] != "run"
-        else line
+@pytest.mark.parametrize(("late", "effect"), [(0, 0), (3, -30)])
+def test_the_alarms_signal_and_others_are_watched_alike(values: list[Line], late: int, effect: float) -> None:
+    own, other = "cheap/pooled_confidence_share", "cheap/pooled_update_share"
+    seen = {(line["run"], line["epoch"]): line[other] for line in values if other in line}
+    lines = [
+        {**line, own: seen[line["run"], max(0, line["epoch"] - late)]} if other in line else line
         for line in values
     ]
-    assert any(one.watch.signal == signal for one in choose(seen_runs(early)))
-    found = {v.claim: v for v in STUDY.judge(early, "here")}
-    assert found[judging.DEPLOYED_EARLIER].effect == pytest.approx(-20)
+    found = {v.claim: v for v in STUDY.judge(lines, "here")}
+    assert found[judging.SIGNAL_EARLIER].effect == pytest.approx(effect)
 
 
 def test_the_shipped_alarm_at_other_thresholds(values: list[Line]) -> None:
@@ -268,6 +269,7 @@ def test_no_seed_is_judged_by_its_own_choice(values: list[Line]) -> None:
         judging.DEPLOYED,
         judging.DEPLOYED_QUIET,
         judging.DEPLOYED_CONTROLS,
+        judging.DEPLOYED_ONE_STEP,
         judging.TIME,
         judging.KERNEL_PART,
     }

@@ -23,7 +23,13 @@ from tangentlab.metrics.estimates import (
     estimate_spectrum,
     estimate_trace,
 )
-from tangentlab.metrics.intervals import Interval, jackknife, mean_interval, wilson_interval
+from tangentlab.metrics.intervals import (
+    Interval,
+    clustered_wilson_interval,
+    jackknife,
+    mean_interval,
+    wilson_interval,
+)
 from tangentlab.metrics.lanczos import Eigenpairs, top_eigenpairs
 from tangentlab.metrics.overfitting import (
     COLLAPSE_SHARE,
@@ -62,6 +68,7 @@ __all__ = [
     "alarm_threshold",
     "catastrophic_overfitting",
     "centered_alignment",
+    "clustered_wilson_interval",
     "detection_area",
     "difference_in_top",
     "distance_matrix",

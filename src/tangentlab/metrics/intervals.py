@@ -1,7 +1,8 @@
 """Intervals: Wilson's for a proportion, Student's for a mean over seeds, the jackknife's for its functions.
 
-Wilson (1927), "Probable inference, the law of succession, and statistical inference", eq. 2. Student (1908),
-"The probable error of a mean".
+Wilson (1927), "Probable inference, the law of succession, and statistical inference", eq. 2. Rao & Scott
+(1992), "A simple method for the analysis of clustered binary data". Student (1908), "The probable error of a
+mean".
 """
 
 from __future__ import annotations
@@ -46,14 +47,50 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
     if not 0 <= correct <= n:
         raise ConfigError(f"correct={correct} of n={n} trials; choose from 0 to {n}")
     _check_confidence(confidence)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    p, shrink = correct / n, 1 + z**2 / n
-    middle = (p + z**2 / (2 * n)) / shrink
-    half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / shrink
+    return _wilson(correct / n, n, NormalDist().inv_cdf((1 + confidence) / 2))
+
+
+def clustered_wilson_interval(clusters: Sequence[Sequence[bool]], confidence: float = 0.95) -> Interval:
+    """Wilson's interval where trials come in clusters that may agree, such as the runs of a seed.
+
+    That of n/d trials with the same proportion p. Of m clusters, n trials in all and x_k successes in the
+    n_k of cluster k, the design effect d is the variance of p between clusters,
+    m/(m − 1) Σ_k (x_k − n_k p)² / n², over that of independent trials, p (1 − p)/(n − 1): at least 1, and 1
+    where all trials agree. Where it is more, Student's quantile with m − 1 degrees of freedom stands for the
+    normal one.
+
+    Args:
+        clusters: at least 2, of at least 1 trial each.
+        confidence: in (0, 1).
+
+    Raises:
+        ConfigError: too few clusters or trials, confidence out of range.
+
+    >>> clustered_wilson_interval([[True, False]] * 50) == wilson_interval(50, 100)
+    True
+    >>> low, high = clustered_wilson_interval([[True] * 2, [False] * 2] * 25)
+    >>> round(low, 4), round(high, 4)
+    (0.3627, 0.6373)
+    """
+    if len(clusters) < 2:
+        raise ConfigError(f"m={len(clusters)} clusters; what lies between them takes at least 2")
+    if not all(clusters):
+        raise ConfigError("a cluster has no trial")
+    _check_confidence(confidence)
+    m, n, correct = len(clusters), sum(map(len, clusters)), sum(map(sum, clusters))
+    between = m * (n - 1) * sum((n * sum(own) - len(own) * correct) ** 2 for own in clusters)
+    by_chance = (m - 1) * n**2 * correct * (n - correct)
+    if between <= by_chance:  # integers: clusters of one trial are independent trials, to the last digit
+        return wilson_interval(correct, n, confidence)
+    return _wilson(correct / n, n * by_chance / between, _student_quantile(m - 1, confidence))
+
+
+def _wilson(p: float, n: float, quantile: float) -> Interval:
+    shrink = 1 + quantile**2 / n
+    middle = (p + quantile**2 / (2 * n)) / shrink
+    half = quantile * (p * (1 - p) / n + quantile**2 / (4 * n**2)) ** 0.5 / shrink
     # At the ends the formula gives 0 and 1 up to rounding.
-    low = 0.0 if correct == 0 else middle - half
-    high = 1.0 if correct == n else middle + half
-    return Interval(low, high)
+    return Interval(0.0 if p == 0 else middle - half, 1.0 if p == 1 else middle + half)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -73,8 +110,6 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     >>> round(low, 4), round(high, 4)
     (-0.4841, 4.4841)
     """
-    from scipy.special import stdtrit
-
     n = len(values)
     if n < 2:
         raise ConfigError(f"n={n} values; an interval of their mean takes at least 2")
@@ -82,7 +117,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         if not math.isfinite(value):
             raise ConfigError(f"the value {value} is not finite")
     _check_confidence(confidence)
-    half = float(stdtrit(n - 1, (1 + confidence) / 2)) * stdev(values) / math.sqrt(n)
+    half = _student_quantile(n - 1, confidence) * stdev(values) / math.sqrt(n)
     mean = fmean(values)
     return Interval(mean - half, mean + half)
 
@@ -109,8 +144,6 @@ def jackknife(
     >>> round(value.item(), 4), low.item() < value.item() < high.item()
     (3.6667, True)
     """
-    from scipy.special import stdtrit
-
     g = len(groups[0])
     if g < 2 or any(len(group) != g for group in groups):
         raise ConfigError(f"groups of {', '.join(str(len(x)) for x in groups)}; the same number, at least 2")
@@ -124,9 +157,15 @@ def jackknife(
         ]
     )
     pseudo = g * whole - (g - 1) * without
-    half = float(stdtrit(g - 1, (1 + confidence) / 2)) * pseudo.std(0) / math.sqrt(g)
+    half = _student_quantile(g - 1, confidence) * pseudo.std(0) / math.sqrt(g)
     value = pseudo.mean(0)
     return value, value - half, value + half
+
+
+def _student_quantile(freedom: int, confidence: float) -> float:
+    from scipy.special import stdtrit  # slow to import
+
+    return float(stdtrit(freedom, (1 + confidence) / 2))
 
 
 def _check_confidence(confidence: float) -> None:

@@ -61,7 +61,9 @@ class OverfittingAlarm:
         threshold: in (0, 1). A network that has not learned yet has a share near 1.
 
     ``raised`` is the last answer, ``spoke_at`` the step of the first alarm, ``looks`` are those so far and
-    ``cost`` is theirs, in forward passes of one example: 2 n a look. The model comes back as it was.
+    ``cost`` is theirs, in forward passes of one example: 2 n a look, and one that checks the outputs. The
+    model comes back as it was. Where the loss has no gradient in floating point, its logits a hundred apart,
+    FGSM and PGD leave an example as it is, and the alarm is blind to it.
 
     >>> alarm = OverfittingAlarm(x, y, eps=8 / 255)  # doctest: +SKIP
     >>> steps = 2 if alarm.update(model, step) else 1  # doctest: +SKIP
@@ -92,6 +94,7 @@ class OverfittingAlarm:
         Raises:
             ConfigError: the step does not follow the last look's; eps is out of range.
             KernelError: the model has no parameters.
+            NaNGradientError: a loss or its gradient is NaN; such a look changes nothing.
         """
         if step <= self._step:
             raise ConfigError(f"step={step} does not follow the last look's, {self._step}")
@@ -101,7 +104,7 @@ class OverfittingAlarm:
         with watched.seen_plainly(model, x.device):
             crafted = one_and_two_steps(model, x, y, eps=self.eps if eps is None else eps)
             of_one, of_several = right_confidences(model, *crafted, y)
-        self.cost += COST * len(x)
+        self.cost += COST * len(x) + 1
         self._step, self._part = step, (self._part + 1) % POOLED
         if of_one:
             self._confidences = [*self._confidences, (of_one, of_several)][-POOLED:]

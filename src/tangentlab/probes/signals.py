@@ -145,10 +145,16 @@ def one_and_two_steps(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> 
 
 def right_confidences(model: nn.Module, one_step: Tensor, several: Tensor, y: Tensor) -> tuple[float, float]:
     """Σ_i softmax(f(x_i))_{y_i} over ``one_step`` [n, ...] and over ``several`` [n, ...], in float64: the
-    expected number that a label drawn by the network's softmax gets right. Two passes an example."""
+    expected number that a label drawn by the network's softmax gets right. Two passes an example.
+
+    Raises:
+        NaNGradientError: a logit is NaN.
+    """
+    watch = NaNWatch()
     with modes.evaluation(model), torch.no_grad():
         logits = model(torch.cat([one_step, several])).double()
-        right = cross_entropies(logits, y=torch.cat([y, y])).neg().exp()
+        right = watch.see(cross_entropies(logits, y=torch.cat([y, y]))).neg().exp()
+    watch.refuse()
     of_one, of_several = right.split(len(y))
     return float(of_one.sum()), float(of_several.sum())
 

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, Literal, TypeVar
 
 from tangentlab.errors import ConfigError
-from tangentlab.metrics import mean_interval, wilson_interval
+from tangentlab.metrics import clustered_wilson_interval, mean_interval
 
 LEAST_SEEDS = 3
 PAPER = "arXiv 2312.02236"
@@ -52,7 +52,8 @@ class Verdict:
         setting: data, network and training that it was judged in.
         values: seed -> effect.
         effect: their mean, or the share of all runs; None without any.
-        interval: 95 %, Student's of the mean or Wilson's of the share; None for fewer than two seeds.
+        interval: 95 %, Student's of the mean, or Wilson's of the share with a seed's runs as one cluster;
+            None for fewer than two seeds.
         verdict: supported or refuted where the whole interval lies on that side of the threshold; else, and
             with fewer than three seeds, inconclusive.
     """
@@ -110,7 +111,7 @@ def judge_share(claim: Claim, setting: str, outcomes: Mapping[int, Sequence[bool
     runs = [outcome for own in known.values() for outcome in own]
     shares = {seed: fmean(own) for seed, own in known.items()}
     effect = fmean(runs) if runs else None
-    return _judged(claim, setting, shares, effect, lambda: wilson_interval(sum(runs), len(runs)))
+    return _judged(claim, setting, shares, effect, lambda: clustered_wilson_interval([*known.values()]))
 
 
 def _judged(

@@ -7,11 +7,11 @@ kept checkpoint all signals are taken, the kernel's and the rivals', whatever th
 
 Each is watched in several ways, and may speak or not; what a collapse is, and a quiet run, says
 tangentlab.studies.overfitting_watches. Each seed is judged by the thresholds and the choice of the others;
-those on which eps, rates and the shipped threshold were chosen, by none. The first epoch is not
-watched, but by the shipped alarm, which looks on by itself as every run trains, as a user's would. An alarm
-is in time if it speaks before PGD accuracy (PGD-10, validation split) has lost half of its best. The kernel's
-signals are its spectra and distances; what a step on FGSM inputs does on PGD inputs, in which the losses'
-derivatives have their part, is told apart from them.
+those on which eps, rates and the shipped threshold were chosen, or that were seen before its signal was, by
+none. The first epoch is not watched, but by the shipped alarm, which looks on by itself as every run trains,
+as a user's would. An alarm is in time if it speaks before PGD accuracy (PGD-10, validation split) has lost
+half of its best. The kernel's signals are its spectra and distances; what a step on FGSM inputs does on PGD
+inputs, in which the losses' derivatives have their part, is told apart from them.
 
 The lines of values.jsonl, by ``what``: "run", its accuracies and its alarm; "signals" of a checkpoint;
 "again", the same on other examples, now and then: a signal's noise. What each signal is worth is derived from
@@ -51,10 +51,11 @@ from tangentlab.studies.overfitting_signals import (
     full_signals,
 )
 from tangentlab.studies.overfitting_watches import (
+    CONTROLS,
     JUDGED,
+    SEEN_SEEDS,
     SINGLE_STEP,
     THRESHOLDS,
-    TUNING_SEEDS,
     UPDATE_SHARES,
     Chosen,
     Seen,
@@ -89,7 +90,7 @@ class Tier:
     eps: tuple[float, ...]
     every: float = 0.25
     pgd_steps: int | None = None
-    controls: tuple[str, ...] = ("pgd", "n_fgsm", "grad_align")
+    controls: tuple[str, ...] = CONTROLS
     collapsing: tuple[str, ...] = SINGLE_STEP
 
 
@@ -431,4 +432,4 @@ FIGURES = (
     ),
 )
 
-STUDY = Study("overfitting", CLAIMS, runs, measure, judged, FIGURES, derive, TUNING_SEEDS)
+STUDY = Study("overfitting", CLAIMS, runs, measure, judged, FIGURES, derive, SEEN_SEEDS)

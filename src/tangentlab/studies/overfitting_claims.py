@@ -9,7 +9,7 @@ from tangentlab.probes.overfitting_alarm import THRESHOLD
 from tangentlab.runs.parsing import STEERING_ALARM
 from tangentlab.studies.claims import PAPER, Claim, Verdict, judge, judge_share
 from tangentlab.studies.overfitting_signals import ALARM_SIGNAL, BUDGET
-from tangentlab.studies.overfitting_watches import SINGLE_STEP, Chosen, Seen, folds
+from tangentlab.studies.overfitting_watches import CONTROLS, ONE_STEP, Chosen, Seen, folds
 from tangentlab.studies.study import Values
 
 LOOK_EVERY = STEERING_ALARM["every"]  # steps: an alarm that only watches looks as one that steers
@@ -77,10 +77,18 @@ DEPLOYED_CONTROLS = Claim(
     0.05,
     above=False,
 )
-DEPLOYED_EARLIER = Claim(
-    "overfitting/deployed-earlier",
-    f"The alarm as it is shipped speaks earlier than the best other signal of {BUDGET} passes a look, the "
-    "kernel's or a rival's, chosen on other seeds.",
+DEPLOYED_ONE_STEP = Claim(
+    "overfitting/deployed-one-step",
+    "Of the quiet runs of one step (FGSM, FGSM-RS, N-FGSM) it speaks in less than 5 %.",
+    "share of those runs",
+    0.05,
+    above=False,
+)
+SIGNAL_EARLIER = Claim(
+    "overfitting/alarm-signal",
+    f"At {BUDGET} passes a look the share of confidence that the shipped alarm watches speaks earlier than "
+    "the best other signal, the kernel's or a rival's, each watched in the way and with the threshold that "
+    "other seeds choose.",
     "difference of the mean leads, steps; silence is a lead of 0",
     0.0,
 )
@@ -118,12 +126,13 @@ CLAIMS = (
     DEPLOYED,
     DEPLOYED_QUIET,
     DEPLOYED_CONTROLS,
-    DEPLOYED_EARLIER,
+    DEPLOYED_ONE_STEP,
+    SIGNAL_EARLIER,
     TIME,
     SPECTRUM_ALONE,
     KERNEL_PART,
 )
-SHARES = set(CLAIMS) - {EARLIER, CHEAP_EARLIER, DEPLOYED_EARLIER, TIME, KERNEL_PART}
+SHARES = set(CLAIMS) - {EARLIER, CHEAP_EARLIER, SIGNAL_EARLIER, TIME, KERNEL_PART}
 
 
 def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
@@ -146,14 +155,22 @@ def judged(values: Sequence[Values], setting: str) -> list[Verdict]:
         clean = next((one for one in order if one.watch.signal.startswith("clean/")), None)
         if clean is not None:
             outcomes[SPECTRUM_ALONE][seed] = [run.lead(clean) > 0 for run in collapsing]
-        leads = [run.steps_until(run.collapse, run.warned(THRESHOLD)) for run in collapsing]
-        outcomes[DEPLOYED][seed] = [lead > 0 for lead in leads]
+        outcomes[DEPLOYED][seed] = [
+            run.steps_until(run.collapse, run.warned(THRESHOLD)) > 0 for run in collapsing
+        ]
+        for claim, methods in (
+            (DEPLOYED_QUIET, (*ONE_STEP, *CONTROLS)),
+            (DEPLOYED_CONTROLS, CONTROLS),
+            (DEPLOYED_ONE_STEP, ONE_STEP),
+        ):
+            outcomes[claim][seed] = [run.raised(THRESHOLD) for run in quiet if run.method in methods]
         if collapsing and order:
-            others = (one for one in order if one.watch.cheap and not one.watch.signal.endswith(ALARM_SIGNAL))
-            effects[DEPLOYED_EARLIER][seed] = fmean(leads) - _lead(next(others, None), collapsing)
-        outcomes[DEPLOYED_QUIET][seed] = [run.raised(THRESHOLD) for run in quiet]
-        controls = [run for run in quiet if run.method not in SINGLE_STEP]
-        outcomes[DEPLOYED_CONTROLS][seed] = [run.raised(THRESHOLD) for run in controls]
+            as_dear = [one for one in order if one.watch.cheap]
+            own, other = (
+                next((one for one in as_dear if one.watch.signal.endswith(ALARM_SIGNAL) == is_own), None)
+                for is_own in (True, False)
+            )
+            effects[SIGNAL_EARLIER][seed] = _lead(own, collapsing) - _lead(other, collapsing)
         if parts := [part for run in collapsing if (part := run.kernel_part()) is not None]:
             effects[KERNEL_PART][seed] = fmean(parts)
     effects[TIME] = _alarm_time(values)

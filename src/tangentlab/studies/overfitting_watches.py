@@ -38,7 +38,10 @@ from tangentlab.studies.study import Values
 
 SINGLE_STEP = ("fgsm", "fgsm_rs")  # that may collapse
 ONE_STEP = (*SINGLE_STEP, "n_fgsm")
+CONTROLS = ("pgd", "n_fgsm", "grad_align")  # that are said not to
 TUNING_SEEDS = (0, 1, 2)  # eps, rates, the shipped threshold and how often it looks were chosen on
+# Those that were looked at before the alarm's signal was chosen, of one tier or another.
+SEEN_SEEDS = (*TUNING_SEEDS, 3, *range(20, 25))
 WATCHED_FROM = 1.0  # epochs
 SMOOTHED = 3  # looks whose median is watched
 BEFORE = 8  # looks whose median a change is told from; four at least
