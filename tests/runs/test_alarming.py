@@ -74,8 +74,9 @@ def test_the_weights_before_the_alarm_are_kept_judged_and_told_of(
     kept, metadata = read_tensors(path)
     # Those of the first: after it they may be of a network that is lost already.
     assert said.lines == [
-        f"alarm at epoch 1.33: catastrophic overfitting may begin; the weights of epoch 1 are kept in {path}",
-        "alarm at epoch 2.67: catastrophic overfitting may begin",
+        "alarm at epoch 1.33: catastrophic overfitting may begin, confidence share 0.53 below 0.6; "
+        f"the weights of epoch 1 are kept in {path}",
+        "alarm at epoch 2.67: catastrophic overfitting may begin, confidence share 0.40 below 0.6",
     ]
     assert metadata["step"] == 3
     then = read_tensors(path.with_name("step-3.safetensors"))[0]
@@ -170,8 +171,8 @@ def test_training_goes_back_to_the_weights_before_each_alarm(
 def test_spectral_is_one_step_and_two_while_the_alarm_is_raised(tmp_path: Path) -> None:
     config = load_config("digits", ["--method=spectral", "--eps=0.2"])
     assert config.method["name"] == "fgsm_rs"
-    assert (config.switch.rule, config.alarm.every, config.alarm.threshold) == ("alarm", 25, 0.9)
-    assert load_config("digits", []).alarm.threshold < 0.9
+    assert (config.switch.rule, config.alarm.every, config.alarm.threshold) == ("alarm", 25, 0.95)
+    assert load_config("digits", []).alarm.threshold < 0.95
     to = dict(config.switch.to)
     assert (to["name"], to["num_steps"], to["eps"], to["step_size"]) == ("pgd", 2, 0.2, 0.125)
     assert resolve(config.to_dict()) == config
@@ -196,7 +197,7 @@ def test_what_steers_by_the_alarm_is_taken_and_left_from_a_run_folder_too(tmp_pa
         (folders[name] / "config.yaml").write_text(dump(config))
     steered = load_config(folders["plain"], ["--method=spectral"])
     assert steered == load_config(folders["steered"])
-    assert (steered.alarm.every, steered.alarm.threshold) == (25, 0.9)
+    assert (steered.alarm.every, steered.alarm.threshold) == (25, 0.95)
     plain = load_config(folders["steered"], ["--switch.rule=none"])
     assert plain == load_config(folders["plain"])
     assert (plain.alarm.every, plain.alarm.threshold) == (None, 0.85)

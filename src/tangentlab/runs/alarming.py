@@ -118,5 +118,6 @@ class Alarming:
             self.kept = {}
         if self.display is not None:
             self.display.say(
-                f"alarm at epoch {log.epoch(state.step):.3g}: catastrophic overfitting may begin{told}"
+                f"alarm at epoch {log.epoch(state.step):.3g}: catastrophic overfitting may begin, confidence "
+                f"share {self.alarm.looks[-1].pooled:.2f} below {self.alarm.threshold:g}{told}"
             )

@@ -91,7 +91,6 @@ def arms(tier: Tier, eps: float) -> dict[str, str]:
         FIXED: f"--method=fgsm --switch.rule=fixed --switch.epoch={epochs / 2:g} {_to(two_steps)}",
         # Two steps at first, and again, for good, where the guard comes back.
         GUARDED: f"{two_steps} --switch.rule=fixed {guard} --switch.to=fgsm",
-        "spectral-eager": "--method=spectral --alarm.threshold=0.95",
         "spectral-restore": "--method=spectral --alarm.restore=true",
         "spectral-noise": f"{raised} --switch.to=n_fgsm",
         "spectral-smaller": f"{raised} --switch.to=fgsm_rs --switch.to.step_size={0.5 * eps}",
