@@ -17,8 +17,9 @@ finalists, on the first test points, and APGD's on more of them, of the best che
 forward equivalents a training example, the alarm's looks counted. The single-step rivals are there too with
 as many epochs as 1.4 times FGSM's cost buys.
 
-The threshold that steers and the rivals' settings were chosen on the tuning seeds, which are not judged
-(benchmarks/cure_settings.py). The other variants of what the alarm steers to are for them alone.
+The threshold that steers was chosen on the tuning seeds, which are not judged; the rivals' settings are to be
+chosen there too (benchmarks/cure_settings.py). The other variants of what the alarm steers to are for them
+alone.
 Hardware and time: a CPU; for tier 3 a GPU.
 """
 
